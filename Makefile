@@ -1,0 +1,47 @@
+# make demo    set up, then `plainconv compare` on the data that comes with the libraries; the report is out/report.html
+# make test    set up, then the quick tests
+# make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
+# make format  put the code in its form
+# make clean   remove what builds and tools left (not .venv)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := demo
+.PHONY: demo test check lint slow wheel format clean
+
+demo: $(STAMP)
+	$(BIN)/plainconv compare
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow"
+
+check: lint slow wheel
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist out .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find plainconv tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One virtual environment, made again whenever the dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "plainconv needs Python 3.11 or newer; $(PYTHON) is %d.%d. Choose another: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	@touch $@
