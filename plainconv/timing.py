@@ -1,0 +1,108 @@
+"""How long a call takes, measured so that two calls can be compared, and on what machine.
+
+The calls to compare take turns in one process on the same tensors: whatever slows the machine for a while slows all of
+them. Each has been called once before the clock starts. The median stands for a call, the quartiles for its spread.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from statistics import quantiles
+from time import perf_counter
+
+import torch
+
+from plainconv.version import __version__
+
+PACKAGES = ("numpy", "pillow", "scikit-learn", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, the lower and the upper quartile, and how many calls they come from."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    calls: int
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, least: int = 5, most: int = 200
+) -> dict[str, Timing]:
+    """Time calls in turn: each once in every round.
+
+    Args:
+        calls: name -> what to call; it may compute on a CUDA device, whose work is waited for.
+        seconds: no further round begins when so many have passed, ...
+        least: ... but there are at least so many rounds (2 or more)
+        most: and at most so many.
+
+    Returns:
+        name -> its timing.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    _wait()
+    end = perf_counter() + seconds
+    for turn in range(most):
+        if turn >= least and perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            _wait()
+            seen[name].append(perf_counter() - start)
+    return {name: _timing(spent) for name, spent in seen.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """What a measurement depends on: processor, cores, threads, GPU if there is one, system and versions."""
+    found: dict[str, str | int] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "plainconv": __version__,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    for package in PACKAGES:
+        try:
+            found[package] = version_of(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _timing(spent: list[float]) -> Timing:
+    low, median, high = quantiles(spent, n=4, method="inclusive")
+    return Timing(median, low, high, len(spent))
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    """The processor's name as its system states it."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if platform.system() == "Darwin":
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        if asked.stdout.strip():
+            return asked.stdout.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,36 @@
+"""Timings: in turn, the first call not counted, the median and the quartiles."""
+
+import pytest
+
+from plainconv import timing
+from plainconv.timing import in_turn, machine
+
+
+def test_calls_take_turns_after_one_call_that_is_not_counted():
+    seen = []
+    found = in_turn({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, seconds=0, least=3)
+    assert seen == ["a", "b"] * 4
+    assert found["a"].calls == found["b"].calls == 3
+
+
+def test_no_more_rounds_than_allowed():
+    assert in_turn({"a": lambda: None}, seconds=60, most=7)["a"].calls == 7
+
+
+def test_the_median_and_the_quartiles(monkeypatch):
+    ticks = iter([0, *(t for i in range(5) for t in (0, 0, (5, 1, 4, 2, 3)[i]))])  # end; then now, start, stop
+    monkeypatch.setattr(timing, "perf_counter", lambda: float(next(ticks)))
+    found = in_turn({"a": lambda: None}, seconds=1e9, least=0, most=5)["a"]
+    assert (found.low_s, found.median_s, found.high_s) == (2, 3, 4)
+
+
+def test_the_machine():
+    found = machine()
+    assert found["processor"]
+    assert found["cores"] >= 1
+    assert {"threads", "python", "torch", "plainconv", "numpy"} <= set(found)
+
+
+def test_an_error_in_a_call_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        in_turn({"a": lambda: 1 / 0})
