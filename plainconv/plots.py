@@ -1,0 +1,106 @@
+"""Figures, drawn from records, as PNG. The only page that imports matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.cbook import get_sample_data
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+OURS, TORCH, OTHER = "#1f6feb", "#d9730d", "#8c959f"
+INK, FAINT = "#24292f", "#d8dee4"
+DPI = 200
+LABELS = {"seconds": "seconds of training", "step": "steps", "loss": "loss", "accuracy": "test accuracy"}
+
+
+def sample_photograph() -> Path:
+    """The photograph that matplotlib ships: Grace Hopper, 512x600, in the public domain (US Navy)."""
+    return Path(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
+
+
+def training(runs: Mapping[str, Sequence[Mapping[str, float]]], against: str) -> bytes:
+    """Accuracy and loss of each training, side by side.
+
+    Args:
+        runs: name -> its points, each with step, seconds, loss and accuracy.
+        against: "seconds" or "step".
+
+    Returns:
+        a PNG.
+    """
+    figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+        for name, points in runs.items():
+            xs, ys = ([point[key] for point in points] for key in (against, what))
+            axes.plot(xs, ys, color=_colour(name), label=name, linewidth=1.6, alpha=0.9)
+            axes.plot(xs[-1:], ys[-1:], "o", color=_colour(name), markersize=4.5)
+        axes.set(xlabel=LABELS[against], title=LABELS[what], xlim=(0, None))
+        _plain(axes)
+    left, right = figure.axes
+    left.set_ylim(0, 1)
+    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.set_ylim(0, None)
+    left.legend(frameon=False, loc="lower right")
+    return _png(figure)
+
+
+def times(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A bar for the median time of each algorithm, on a logarithmic axis; a line in it from quartile to quartile.
+
+    Args:
+        rows: each with name, timing (median_s, low_s, high_s) or None, and scale; in the order to draw, from the top.
+
+    Returns:
+        a PNG.
+    """
+    drawn = [row for row in rows if row["timing"]]
+    figure = Figure(figsize=(9.6, 0.9 + 0.42 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    medians = [row["timing"]["median_s"] for row in drawn]
+    for place, (row, median) in enumerate(zip(drawn, medians, strict=True)):
+        scaled = row["scale"] != 1
+        fill, edge = ("white", OTHER) if scaled else (_colour(row["name"]),) * 2
+        axes.barh(place, median, height=0.62, facecolor=fill, edgecolor=edge, hatch="////" if scaled else None)
+        axes.plot([row["timing"]["low_s"], row["timing"]["high_s"]], [place, place], color=INK, linewidth=1.2)
+        label = duration(median) + (", scaled from a cut-out" if scaled else "")
+        axes.annotate(label, (row["timing"]["high_s"], place), (6, 0), textcoords="offset points", va="center")
+    axes.set_xscale("log")
+    axes.set_xlim(min(medians) / 3, max(medians) * 30)
+    axes.set_yticks(range(len(drawn)), [row["name"] for row in drawn])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s)))
+    axes.minorticks_off()
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    return _png(figure)
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits: 0.00123 -> "1.23 ms"."""
+    for factor, unit in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")):
+        if seconds * factor < 1000 or unit == "s":
+            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
+    raise AssertionError("every duration has a unit")
+
+
+def _colour(name: str) -> str:
+    return TORCH if name == "torch" else OURS
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(OTHER)
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
+    axes.title.set(fontsize=11, color=INK)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
