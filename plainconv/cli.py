@@ -1,0 +1,259 @@
+"""The command `plainconv`: parse, call one function, print.
+
+What a person can mend (a file that is missing, a name that does not exist, a full disk) is one line on stderr and exit
+code 2. Anything else is a bug and keeps its traceback.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from plainconv import picture, train
+from plainconv.files import InputError, write_whole
+from plainconv.plan import AlgorithmRefused, algorithms, check_algorithm, explain_request
+from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.version import __version__
+
+app = typer.Typer(
+    name="plainconv",
+    help="Convolution in plain Python: filter pictures, train a small network, and compare both with torch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PictureArgument = Annotated[
+    Path | None, typer.Argument(metavar="[PICTURE]", help="A picture; default: the photograph that matplotlib ships.")
+]
+KernelOption = Annotated[
+    str,
+    typer.Option(help=f'{", ".join(picture.KERNELS)}; a JSON file of rows; or rows as "0 -1 0; -1 5 -1; 0 -1 0".'),
+]
+AlgorithmOption = Annotated[str, typer.Option(help=f"auto, {', '.join(algorithms())}.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DatasetOption = Annotated[str, typer.Option(help=f"{', '.join(train.DATASETS)}.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(help="Where the idx files are, or go; default: a folder in the user's cache.")
+]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Default: 40 for digits, 5 for the others.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Default: 100 for digits, 1000 for the others.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the weights, the batches and dropout.")]
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn an error that a person can mend into its sentence on stderr and exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _stop(f"{place}{error.strerror}")
+    except (InputError, AlgorithmRefused) as error:
+        _stop(str(error))
+    except ModuleNotFoundError as error:
+        from plainconv.__main__ import missing
+
+        _stop(missing(error))
+
+
+def _stop(sentence: str) -> NoReturn:
+    print("plainconv: " + " ".join(sentence.split()), file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"plainconv {__version__} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Convolution in plain Python: filter pictures, train a small network, and compare both with torch."""
+
+
+@app.command("filter")
+def filter_picture(
+    path: PictureArgument = None,
+    kernel: KernelOption = "emboss",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; its ending names the format. Default: PICTURE-KERNEL in this folder.")
+    ] = None,
+    algorithm: AlgorithmOption = "auto",
+    border: Annotated[str, typer.Option(help=f"{', '.join(picture.BORDERS)}: what is outside.")] = "replicate",
+    device: DeviceOption = "cpu",
+) -> None:
+    """Filter a picture with a kernel; the result has the same size, mode and depth."""
+    with one_line():
+        algorithm, where = _algorithm(algorithm), _device(device)
+        matrix = picture.named_or_typed(kernel)
+        path = path or _sample()
+        before = picture.read(path)
+        target = out or Path(f"{path.stem}-{_label(kernel)}{path.suffix}")
+        start = perf_counter()
+        after = picture.apply(before.pixels.to(where), matrix, border=border, algorithm=algorithm).cpu()
+        spent = perf_counter() - start
+        picture.write(before.with_pixels(after), target)
+    channels, height, width = after.shape
+    print(f"{target}: {width}x{height}, {channels} channel{'s' * (channels > 1)}, filtered in {spent:.3g} s")
+
+
+@app.command("train")
+def train_layers(
+    dataset: DatasetOption = "digits",
+    data_dir: DataDirOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    layer: Annotated[str, typer.Option(help=f"{', '.join(train.LAYERS)}.")] = "both",
+    algorithm: AlgorithmOption = "auto",
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the records.")] = None,
+) -> None:
+    """Train the small CNN with plainconv's layer, with torch's, or with both in turn."""
+    with one_line():
+        layers = train.layers(layer, _algorithm(algorithm))
+        recipe = _recipe(dataset, epochs, batch)
+        data = train.load(dataset, data_dir).to(_device(device))
+        with _bars(list(layers), train.steps(data, recipe.epochs, recipe.batch)) as watch:
+            runs = train.race(layers, data, epochs=recipe.epochs, batch=recipe.batch, seed=seed, watch=watch)
+        if out is not None:
+            points = {name: [asdict(point) for point in run] for name, run in runs.items()}
+            record = {"dataset": dataset, "algorithm": algorithm, "seed": seed, "device": device, **asdict(recipe)}
+            with write_whole(out) as file:
+                file.write((json.dumps({**record, "runs": points}, indent=1) + "\n").encode())
+    table = Table("layer", "test accuracy", "last loss", "training", "each step")
+    for name, run in runs.items():
+        end = run[-1]
+        each = f"{1e3 * end.seconds / end.step:.2f} ms"
+        table.add_row(name, f"{100 * end.accuracy:.1f}%", f"{end.loss:.3f}", f"{end.seconds:.1f} s", each)
+    Console().print(table)
+
+
+@app.command("compare")
+def compare_all(
+    path: PictureArgument = None,
+    kernel: KernelOption = "emboss",
+    dataset: DatasetOption = "digits",
+    data_dir: DataDirOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    seconds: Annotated[float, typer.Option(min=0, help="How long to time the algorithms, about.")] = 8.0,
+    out: Annotated[Path, typer.Option(help="The folder for report.html and records.json.")] = Path("out"),
+) -> None:
+    """Compare with torch, pictures and training, and write a report."""
+    with one_line():
+        from plainconv.compare import compare
+        from plainconv.report import write_report
+
+        where, matrix, recipe = _device(device), picture.named_or_typed(kernel), _recipe(dataset, epochs, batch)
+        path = path or _sample()
+        before = picture.read(path)
+        before = before.with_pixels(before.pixels.to(where))
+        data = train.load(dataset, data_dir).to(where)
+        out.mkdir(parents=True, exist_ok=True)
+        with _bars(["plainconv", "torch"], train.steps(data, recipe.epochs, recipe.batch)) as watch:
+            found = compare(before, matrix, data, **asdict(recipe), seed=seed, seconds=seconds, watch=watch)
+        found.records["filter"] |= {"picture": path.name, "kernel_name": kernel}
+        found.records["training"] |= {"dataset": dataset}
+        page = write_report(out, found.records, found.gallery, found.made)
+    print(page)
+
+
+@app.command("algorithms")
+def list_algorithms() -> None:
+    """List the algorithms."""
+    print("\n".join(algorithms()))
+
+
+@app.command("explain")
+def explain_problem(
+    problem: Annotated[str, typer.Argument(help='A convolution in short: "n1 c3 o8 x600x512 k3x3 s1 p1 d1 g1".')],
+    direction: Annotated[str, typer.Option(help=f"{', '.join(d.value for d in Direction)}.")] = "forward",
+    algorithm: AlgorithmOption = "auto",
+) -> None:
+    """Show what every algorithm says of a convolution, and which is chosen."""
+    with one_line():
+        if direction not in (known := [d.value for d in Direction]):
+            raise InputError(f"unknown direction {direction!r}; directions are {', '.join(known)}")
+        try:
+            parsed = ConvProblem.parse(problem)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(str(error)) from error
+        request = Request(parsed, Direction(direction), torch.float32, threads=torch.get_num_threads())
+        print(explain_request(request, _algorithm(algorithm)))
+
+
+@contextmanager
+def _bars(names: list[str], total: int) -> Iterator[Callable[[str, train.Point], None]]:
+    """A progress bar for each training, on stderr; yields what to call with a name and its newest point."""
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks = {name: progress.add_task(name, total=total, loss=float("nan"), accuracy=0.0) for name in names}
+
+        def watch(name: str, point: train.Point) -> None:
+            progress.update(tasks[name], completed=point.step, loss=point.loss, accuracy=point.accuracy)
+
+        yield watch
+
+
+def _algorithm(name: str) -> str:
+    try:
+        check_algorithm(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return name
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}") from error
+
+
+def _recipe(dataset: str, epochs: int | None, batch: int | None) -> train.Recipe:
+    if dataset not in train.DATASETS:
+        raise InputError(f"unknown dataset {dataset!r}; datasets are {', '.join(train.DATASETS)}")
+    usual = train.DATASETS[dataset]
+    return train.Recipe(epochs or usual.epochs, batch or usual.batch)
+
+
+def _sample() -> Path:
+    from plainconv.plots import sample_photograph  # matplotlib takes a second to import; only here is it needed
+
+    return sample_photograph()
+
+
+def _label(kernel: str) -> str:
+    """What the name of the written picture says of its kernel."""
+    if kernel in picture.KERNELS:
+        return kernel
+    return Path(kernel).stem if kernel.lower().endswith(".json") else "filtered"
