@@ -1,0 +1,35 @@
+"""plainconv: convolution for PyTorch, in plain Python.
+
+import plainconv
+y = plainconv.conv2d(x, w, padding="same")          # as torch.nn.functional.conv2d
+layer = plainconv.nn.Conv2d(3, 16, 3)               # as torch.nn.Conv2d
+print(plainconv.explain(x, w))                      # which algorithm, and why
+"""
+
+from plainconv import functional, nn
+from plainconv.functional import (
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+    explain,
+)
+from plainconv.plan import AlgorithmRefused, algorithms
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlgorithmRefused",
+    "algorithms",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "explain",
+    "functional",
+    "nn",
+]

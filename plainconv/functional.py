@@ -1,0 +1,285 @@
+"""torch.nn.functional's six convolutions, under the same names and with the same arguments, computed by plainconv.
+
+What torch lacks, every function here has:
+
+padding        besides int, tuple of int, "same" and "valid" (the last two not for the transposed ones, as in torch):
+               pairs (lo, hi), one for each dimension, negative ones crop first; "same_upper" and "same_lower", ONNX's
+               rule for any stride (ceil(size / stride) outputs, for transposed size * stride; an odd place goes behind
+               or before); "causal", all padding before (for transposed, all cropping behind, size * stride outputs);
+               a tuple may mix them, one entry for each dimension: ("causal", 1, (2, 0)).
+padding_mode   "zeros", "reflect", "replicate" or "circular": what the padding shows.  The transposed functions do the
+               adjoint: what falls into the border is added where the mode would have read.
+algorithm      "auto", or one of plainconv.algorithms().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from plainconv import ops
+from plainconv.arguments import Spec, Spelled, settle
+from plainconv.plan import AUTO, Explanation, check_algorithm, explain_request
+from plainconv.problem import Direction
+
+_settle_once = lru_cache(4096)(settle)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    dilation: Spec = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 1-D convolution; a drop-in for torch.nn.functional.conv1d.
+
+    input: [n, c, length], or [c, length] without a batch.  weight: [o, c/groups, k].  bias: [o] or None.
+    Everything else is as in conv2d.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    return _call(conv1d, 1, input, weight, bias, options)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    dilation: Spec = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 2-D convolution over an input of several channels; a drop-in for torch.nn.functional.conv2d.
+
+    input: [n, c, h, w], or [c, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [o] or None.
+    stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm: see plainconv.functional.
+
+    Returns [n, o, out_h, out_w] of the input's type, with out = (size + lo + hi - dilation*(k-1) - 1) // stride + 1;
+    channels_last if the input or the weight is.  Differentiable in input, weight and bias, to any order.
+    Raises RuntimeError, in torch's words, if shapes or types do not fit; ValueError for an unknown padding_mode or
+    algorithm; AlgorithmRefused if the algorithm named cannot serve the call.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    return _call(conv2d, 2, input, weight, bias, options)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    dilation: Spec = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 3-D convolution; a drop-in for torch.nn.functional.conv3d.
+
+    input: [n, c, d, h, w], or [c, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [o] or None.
+    Everything else is as in conv2d.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    return _call(conv3d, 3, input, weight, bias, options)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    output_padding: Spec = 0,
+    groups: int = 1,
+    dilation: Spec = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 1-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose1d.
+
+    input: [n, o, length], or [o, length] without a batch.  weight: [o, c/groups, k].  bias: [c] or None.
+    Everything else is as in conv_transpose2d.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    return _call(conv_transpose1d, 1, input, weight, bias, options)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    output_padding: Spec = 0,
+    groups: int = 1,
+    dilation: Spec = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 2-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose2d.
+
+    It is the gradient of a convolution with respect to its input, with the very weight of that convolution.
+    input: [n, o, h, w], or [o, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [c] or None.
+    stride, dilation, output_padding: int, or one for each dimension.  padding, padding_mode, algorithm: see
+    plainconv.functional.
+
+    Returns [n, c, out_h, out_w] of the input's type, with
+    out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1; channels_last if the input or the weight is.
+    Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    return _call(conv_transpose2d, 2, input, weight, bias, options)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    output_padding: Spec = 0,
+    groups: int = 1,
+    dilation: Spec = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+) -> Tensor:
+    """A 3-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose3d.
+
+    input: [n, o, d, h, w], or [o, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [c] or None.
+    Everything else is as in conv_transpose2d.
+    """
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    return _call(conv_transpose3d, 3, input, weight, bias, options)
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Spec = 1,
+    padding: Spec = 0,
+    dilation: Spec = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    algorithm: str = AUTO,
+    output_padding: Spec = 0,
+    transposed: bool = False,
+    direction: str = "forward",
+) -> Explanation:
+    """What every algorithm says of a call, and which one would serve it; the answer prints as a table.
+
+    The arguments are those of conv1d to conv3d, the dimensions are the weight's; transposed=True asks about
+    conv_transpose instead.  direction: "forward", or "grad_input" or "grad_weight" for the call's gradients.
+    Computes nothing.  Raises what the call itself would raise, but for AlgorithmRefused.
+    """
+    name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
+    asked = Direction(direction)
+    if transposed:  # the mirrored convolution has input and output exchanged
+        mirror = {Direction.FORWARD: Direction.GRAD_INPUT, Direction.GRAD_INPUT: Direction.FORWARD}
+        asked = mirror.get(asked, asked)
+    return explain_request(ops.request(make, first, weight, bias, asked), algorithm)
+
+
+# -- the door --------------------------------------------------------------------------------------------------------
+
+
+class _Options(NamedTuple):
+    stride: Spec
+    padding: Spec
+    dilation: Spec
+    groups: int
+    padding_mode: str
+    algorithm: str
+    output_padding: Spec = 0
+
+
+def _call(
+    function: Callable[..., Tensor], dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+) -> Tensor:
+    if has_torch_function((input, weight, bias)):
+        spelled = options._asdict()
+        if "transpose" not in function.__name__:
+            del spelled["output_padding"]
+        return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)  # type: ignore[no-any-return]
+    if torch.is_autocast_enabled(input.device.type if isinstance(input, Tensor) else "cpu"):
+        input, weight, bias = ops.autocast(input, weight, bias)
+    first, make, batched = _settled(function.__name__, dims, input, weight, bias, options)
+    result = ops.convolve(first, weight, bias, make)
+    return result if batched else result.squeeze(0)
+
+
+def _settled(
+    name: str, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+) -> tuple[Tensor, ops.Make, bool]:
+    """The input with a batch, what is to be made of it, and whether it came with a batch."""
+    _check_tensors(name, input, weight, bias)
+    rank = input.dim()
+    if rank not in (dims + 1, dims + 2):
+        raise RuntimeError(
+            f"Expected {dims + 1}D (unbatched) or {dims + 2}D (batched) input to {name}, "
+            f"but got input of size: {list(input.shape)}"
+        )
+    if rank == dims + 1:
+        input = input.unsqueeze(0)
+    stride, padding, dilation, groups, padding_mode, algorithm, output_padding = options
+    bias_shape = None if bias is None else bias.shape
+    call = Spelled(
+        name,
+        dims,
+        input.shape,
+        weight.shape,
+        bias_shape,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        padding_mode,
+    )
+    if torch.compiler.is_compiling():
+        shape, geometry = settle(call)
+    else:
+        try:
+            shape, geometry = _settle_once(call)
+        except TypeError:  # a list or a SymInt, which cannot be remembered; or a TypeError, which is raised again
+            shape, geometry = settle(call)
+    check_algorithm(algorithm)
+    direction = Direction.GRAD_INPUT if call.transposed else Direction.FORWARD
+    channels_last = ops.is_channels_last(input) or ops.is_channels_last(weight)
+    return input, ops.Make(direction, shape, geometry, channels_last, algorithm), rank == dims + 2
+
+
+def _check_tensors(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for argument, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (argument == "bias" and value is None):
+            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}")
+    if input.dtype != weight.dtype or input.device != weight.device or input.layout != weight.layout:
+        raise RuntimeError(f"Input type ({input.type()}) and weight type ({weight.type()}) should be the same")
+    if bias is not None and (input.dtype != bias.dtype or input.device != bias.device):
+        raise RuntimeError(f"Input type ({input.type()}) and bias type ({bias.type()}) should be the same")
+    if input.layout is not torch.strided or input.is_nested or input.is_quantized:
+        raise NotImplementedError(
+            f"{name}() takes dense tensors, but got input of type {input.type()}; "
+            "convert it first: to_dense() for sparse or mkldnn, to_padded_tensor() for nested, dequantize() for quantized"
+        )

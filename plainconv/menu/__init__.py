@@ -1,0 +1,14 @@
+"""The menu: every algorithm, in the order in which a teacher would tell them."""
+
+from __future__ import annotations
+
+from plainconv.menu import fft, im2col, loops, reference, shift
+from plainconv.menu.base import Algorithm
+
+ALGORITHMS: tuple[Algorithm, ...] = (
+    loops.ALGORITHM,  # the definition, in nothing but Python
+    shift.ALGORITHM,  # one product over channels for each tap, added into a shifted view
+    im2col.ALGORITHM,  # every window a column, one matrix product
+    fft.ALGORITHM,  # sliding becomes multiplying, frequency by frequency
+    reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
+)

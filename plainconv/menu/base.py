@@ -1,0 +1,150 @@
+"""The contract of an algorithm, and the few things that all of them need.
+
+An algorithm is a frozen value: whether it can serve a request, what that costs, how exact it is, and the function
+that does it.  The caller allocates the result and one block of scratch memory, exactly as large as `cost` said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainconv.problem import Request
+
+ALIGNMENT = 64  # bytes; one cache line, and one AVX-512 vector
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+DTYPES = FLOATS + COMPLEX + INTEGERS
+
+Tensors = tuple[Tensor, Tensor, Tensor | None]  # the two given tensors in the direction's order, and the bias
+
+
+class Cost(NamedTuple):
+    """What an algorithm expects of one call: multiplies, bytes moved, bytes of workspace, seconds."""
+
+    multiplies: int
+    bytes: int
+    workspace: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One entry of the menu.
+
+    name      the word a user gives to algorithm=
+    why_not   None if it can serve the request, else one sentence for a person; never raises
+    cost      a pure function of the request
+    error     a bound for |result - exact| in units of eps(compute type) * sum of |products|; 0: exact on integers
+    run       fills `out` from the tensors, with `workspace` (uint8, cost(request).workspace bytes) as scratch
+    version   raised when the code changes, so that old measurements are ignored
+    """
+
+    name: str
+    why_not: Callable[[Request], str | None]
+    cost: Callable[[Request], Cost]
+    error: Callable[[Request], float]
+    run: Callable[[Request, Tensors, Tensor, Tensor], None]
+    version: int = 1
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: float32 for half types, complex64 for complex32, else the type itself."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return torch.complex64 if dtype is torch.complex32 else dtype
+
+
+def summation_error(terms: int) -> float:
+    """Units of eps by which a floating-point sum of `terms` products may be off.
+
+    Rounding errors behave like a random walk: Higham and Mary, "A new approach to probabilistic rounding error
+    analysis" (2019), theorem 2.4, bound them by  lambda * sqrt(terms)  with probability above 1 - 2 exp(-lambda^2/2);
+    lambda = 6 leaves one chance in 3e7.
+    """
+    return min(terms + 1.0, 6 * math.sqrt(terms) + 2)
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into [g, i, j] += a [g, i, k] @ b [g, k, j]."""
+    if a.shape[2] == 1:
+        into.addcmul_(a, b)
+    elif len(a) == 1:
+        into[0].addmm_(a[0], b[0])
+    else:
+        into.baddbmm_(a, b)
+
+
+# -- scratch memory --------------------------------------------------------------------------------------------------
+
+
+class Buffer(NamedTuple):
+    """A piece of workspace to be carved: its shape and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        exact = math.prod(self.shape) * self.dtype.itemsize
+        return -(-exact // ALIGNMENT) * ALIGNMENT
+
+
+def workspace_bytes(buffers: Sequence[Buffer]) -> int:
+    return sum(buffer.bytes for buffer in buffers)
+
+
+def carve(workspace: Tensor, buffers: Sequence[Buffer]) -> list[Tensor]:
+    """The buffers as views of the workspace, one after the other, uninitialised."""
+    views, begin = [], 0
+    for buffer in buffers:
+        exact = math.prod(buffer.shape) * buffer.dtype.itemsize
+        views.append(workspace[begin : begin + exact].view(buffer.dtype).view(buffer.shape))
+        begin += buffer.bytes
+    return views
+
+
+# -- estimates -------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Rough speeds that estimates are made of: they rank algorithms, they promise nothing."""
+
+    multiplies: float  # per second and thread, float32 matrix product
+    bytes: float  # per second, memory
+    call: float  # seconds, one tensor operation
+
+
+def machine(request: Request) -> Machine:
+    if request.device == "cuda":
+        return Machine(10e12, 1.5e12, 8e-6)
+    return Machine(35e9 * max(request.threads, 1), 10e9, 4e-6)
+
+
+def product_seconds(request: Request, multiplies: float, m: int, k: int) -> float:
+    """Estimated time of matrix products with `multiplies` in all, whose short sides are m and k."""
+    dtype = compute_dtype(request.dtype)
+    slowdown = dtype.itemsize / 4 * (2 if dtype.is_complex else 1)
+    if dtype in INTEGERS:
+        slowdown = 60.0  # torch multiplies integer matrices without a matrix library
+    starved = max(1.0, 24 / m) ** 0.5 * max(1.0, 24 / k) ** 0.5
+    return multiplies * slowdown * starved / machine(request).multiplies
+
+
+def no_integers_on_cuda(request: Request) -> str | None:
+    if request.device == "cuda" and request.dtype in INTEGERS:
+        return (
+            f"torch has no matrix product of {request.dtype} on CUDA; use algorithm='reference', "
+            "or convert to torch.float64"
+        )
+    return None

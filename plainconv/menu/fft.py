@@ -1,0 +1,250 @@
+"""FFT: sliding becomes multiplying, frequency by frequency.
+
+For one row, y[t] = sum over k of x[t + k] w[k] is a correlation; its discrete Fourier transform is a product,
+
+    FORWARD       Y(f) = sum over c of  X(f) W*(f)          with  W* = conj(F(conj(w))),  the transform backwards
+    GRAD_INPUT    X(f) = sum over o of  Y(f) W(f)
+    GRAD_WEIGHT   W(f) = sum over n of  X(f) Y*(f)
+
+so a kernel of any size costs the same.  The sum over channels is one small matrix product for each frequency.
+A transform of length F makes the row circular; only the first T = F - K + 1 outputs, K = (k-1)*dilation + 1, have not
+wrapped.  So the output is cut into tiles of T: a tile reads F input places (overlap-save), and its adjoint adds F
+places back (overlap-add).  Memory is a few tiles, however large the image.  A stride keeps every s-th output of a tile.
+
+Cost: F log F for each channel of each tile, and n * o * c/g * F multiplies; the error grows with log F, but is
+relative to the largest output of a tile, not to each.  A NaN or infinity spreads over its tile.
+Source: Stockham, "High-speed convolution and correlation" (1966); Mathieu, Henaff and LeCun, arXiv:1312.5851 (2013).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainconv.border import gather, runs, scatter_add
+from plainconv.menu.base import (
+    INTEGERS,
+    Algorithm,
+    Buffer,
+    Cost,
+    Tensors,
+    carve,
+    compute_dtype,
+    machine,
+    product_seconds,
+    summation_error,
+    workspace_bytes,
+)
+from plainconv.problem import Direction, Request
+
+TILE_ELEMENTS = 1 << 16  # a tile of one channel, at most, unless the kernel alone is larger
+MATRIX_TERMS = 12  # from here a matrix product for each frequency pays for the rearranging it needs
+
+
+class _Tiles(NamedTuple):
+    """transform: F for each dimension; outputs: how many outputs a tile keeps; images: how many go together."""
+
+    transform: tuple[int, ...]
+    outputs: tuple[int, ...]
+    images: int
+    buffers: tuple[Buffer, ...]
+
+
+@lru_cache(4096)
+def fast_length(least: int) -> int:
+    """The smallest length of at least `least` whose only prime factors are 2, 3 and 5."""
+    length = max(least, 1)
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1
+
+
+def _transform(extent: int, outputs: int, stride: int, limit: int) -> int:
+    """The length F that does least work for `outputs` places under a kernel that spans `extent`."""
+    whole = fast_length((outputs - 1) * stride + extent)
+    candidates = {whole} if whole <= limit else set()
+    length = fast_length(max(extent + stride - 1, limit // 2))  # shorter tiles would be all overhead
+    while length < whole and length <= max(limit, 2 * extent + stride):
+        candidates.add(length)
+        length = fast_length(length + max(1, length // 8))
+
+    def work(length: int) -> tuple[float, int]:
+        kept = (length - extent) // stride + 1
+        return -(-outputs // kept) * length * math.log2(length + 1), length
+
+    return min(candidates or {whole}, key=work)
+
+
+@lru_cache(1024)
+def _tiles(request: Request) -> _Tiles:
+    problem, dtype = request.problem, compute_dtype(request.dtype)
+    extents = [(k - 1) * d + 1 for k, d in zip(problem.kernel, problem.dilation, strict=True)]
+    limit = max(16, round(TILE_ELEMENTS ** (1 / problem.dims)))
+    while True:
+        sides = zip(extents, problem.out, problem.stride, strict=True)
+        transform = tuple(_transform(extent, out, stride, limit) for extent, out, stride in sides)
+        tiles = _with_buffers(request, dtype, extents, transform)
+        if workspace_bytes(tiles.buffers) <= request.max_workspace // 2 or limit <= 16:
+            return tiles
+        limit //= 2
+
+
+def _with_buffers(request: Request, dtype: torch.dtype, extents: list[int], transform: tuple[int, ...]) -> _Tiles:
+    problem = request.problem
+    sides = zip(transform, extents, problem.stride, problem.out, strict=True)
+    outputs = tuple(min((f - extent) // s + 1, out) for f, extent, s, out in sides)
+    half = (*transform[:-1], transform[-1] // 2 + 1)
+    spectrum = transform if dtype.is_complex else half
+    frequency = (
+        dtype if dtype.is_complex else torch.complex(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)).dtype
+    )
+    channels = problem.in_channels + problem.out_channels
+    an_image = channels * (math.prod(transform) * dtype.itemsize + math.prod(spectrum) * frequency.itemsize)
+    images = max(1, min(problem.batch, (request.max_workspace // 8) // max(an_image, 1), 4096))
+    buffers = [
+        Buffer((images, problem.in_channels, *transform), dtype),
+        Buffer((images, problem.out_channels, *transform), dtype),
+        Buffer((problem.out_channels, problem.group_in, *transform), dtype),
+        Buffer((images, problem.in_channels, *spectrum), frequency),
+        Buffer((images, problem.out_channels, *spectrum), frequency),
+        Buffer((problem.out_channels, problem.group_in, *spectrum), frequency),
+    ]
+    if request.direction is Direction.GRAD_INPUT and dtype != request.dtype:
+        buffers.append(Buffer((images, problem.in_channels, *problem.spatial), dtype))
+    return _Tiles(transform, outputs, images, tuple(buffers))
+
+
+def _to_frequencies(tensor: Tensor, dims: int, out: Tensor, mirrored: bool = False) -> None:
+    """F(tensor), or conj(F(conj(tensor))), which is the transform run backwards."""
+    axes = tuple(range(-dims, 0))
+    if not tensor.is_complex():
+        torch.fft.rfftn(tensor, dim=axes, out=out)
+        if mirrored:
+            torch.conj_physical(out, out=out)
+    elif mirrored:
+        torch.fft.ifftn(tensor, dim=axes, norm="forward", out=out)
+    else:
+        torch.fft.fftn(tensor, dim=axes, out=out)
+
+
+def _from_frequencies(spectrum: Tensor, out: Tensor, dims: int) -> None:
+    axes = tuple(range(-dims, 0))
+    if out.is_complex():
+        torch.fft.ifftn(spectrum, dim=axes, out=out)
+    else:
+        torch.fft.irfftn(spectrum, s=out.shape[-dims:], dim=axes, out=out)
+
+
+def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+    problem, direction, dims = request.problem, request.direction, request.problem.dims
+    tiles = _tiles(request)
+    x_tiles, y_tiles, w_tile, x_spectra, y_spectra, w_spectrum, *sums = carve(workspace, tiles.buffers)
+    role = {direction.given[0]: tensors[0], direction.given[1]: tensors[1], direction.makes: out}
+    x, w, y, bias = role["x"], role["w"], role["y"], tensors[2]
+    taps = (..., *(slice(0, (k - 1) * d + 1, d) for k, d in zip(problem.kernel, problem.dilation, strict=True)))
+    mirrored = direction is Direction.FORWARD
+
+    if direction is Direction.GRAD_WEIGHT:
+        w_spectrum.zero_()
+    else:
+        w_tile.zero_()
+        w_tile[taps].copy_(w)
+        _to_frequencies(w_tile, dims, w_spectrum, mirrored)
+    ws = w_spectrum.unflatten(0, (problem.groups, -1))  # [g, o, c, *f]
+
+    for begin in range(0, problem.batch, tiles.images):
+        some = slice(begin, min(begin + tiles.images, problem.batch))
+        m = some.stop - some.start
+        x_tile, y_tile, x_spectrum, y_spectrum = x_tiles[:m], y_tiles[:m], x_spectra[:m], y_spectra[:m]
+        xs = x_spectrum.unflatten(1, (problem.groups, -1)).transpose(0, 1)  # [g, n, c, *f]
+        ys = y_spectrum.unflatten(1, (problem.groups, -1)).transpose(0, 1)  # [g, n, o, *f]
+        if direction is Direction.GRAD_INPUT:
+            total = sums[0][:m] if sums else x[some]
+            total.zero_() if bias is None else total.copy_(bias.view(-1, *(1,) * dims).expand_as(total))
+        for corner in product(*(range(0, o, t) for o, t in zip(problem.out, tiles.outputs, strict=True))):
+            kept = [min(t, o - at) for t, o, at in zip(tiles.outputs, problem.out, corner, strict=True)]
+            places = (some, slice(None), *(slice(at, at + count) for at, count in zip(corner, kept, strict=True)))
+            first = (..., *(slice(0, (count - 1) * s + 1, s) for count, s in zip(kept, problem.stride, strict=True)))
+            sides = zip(problem.spatial, problem.padding, corner, problem.stride, tiles.transform, strict=True)
+            shown = [runs(size, pair, problem.padding_mode, at * s, f) for size, pair, at, s, f in sides]
+
+            if direction is not Direction.GRAD_INPUT:
+                gather(x[some], shown, x_tile)
+                _to_frequencies(x_tile, dims, x_spectrum)
+            if direction is not Direction.FORWARD:
+                y_tile.zero_()
+                y_tile[first].copy_(y[places])
+                _to_frequencies(y_tile, dims, y_spectrum, direction is Direction.GRAD_WEIGHT)
+
+            if direction is Direction.FORWARD:
+                y_spectrum.zero_()
+                _add_products(ys, xs, ws.transpose(1, 2))
+                _from_frequencies(y_spectrum, y_tile, dims)
+                made = y_tile[first]
+                y[places].copy_(made if bias is None else made.add_(bias.view(-1, *(1,) * dims)))
+            elif direction is Direction.GRAD_INPUT:
+                x_spectrum.zero_()
+                _add_products(xs, ys, ws)
+                _from_frequencies(x_spectrum, x_tile, dims)
+                scatter_add(x_tile, shown, total)
+            else:
+                _add_products(ws, ys.transpose(1, 2), xs)
+        if direction is Direction.GRAD_INPUT and sums:
+            x[some].copy_(total)
+    if direction is Direction.GRAD_WEIGHT:
+        _from_frequencies(w_spectrum, w_tile, dims)
+        w.copy_(w_tile[taps])
+
+
+def _add_products(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into [g, i, j, *f] += sum over k of a [g, i, k, *f] * b [g, k, j, *f]; each may be a view."""
+    g, i, k = a.shape[:3]
+    if k >= MATRIX_TERMS and i * b.shape[2] >= MATRIX_TERMS:
+        product_ = a.flatten(3).permute(3, 0, 1, 2) @ b.flatten(3).permute(3, 0, 1, 2)  # [f, g, i, j]
+        into += product_.permute(1, 2, 3, 0).view(into.shape)
+    else:
+        for term in range(k):
+            into.addcmul_(a[:, :, term, None], b[:, None, term])
+
+
+def _why_not(request: Request) -> str | None:
+    if request.dtype in INTEGERS:
+        return f"the Fourier transform rounds, and {request.dtype} must be exact; use algorithm='im2col'"
+    return None
+
+
+def _cost(request: Request) -> Cost:
+    problem, tiles = request.problem, _tiles(request)
+    count = math.prod(-(-o // t) for o, t in zip(problem.out, tiles.outputs, strict=True))
+    area = math.prod(tiles.transform)
+    rows = problem.batch * (problem.in_channels + problem.out_channels)
+    transforms = 2.5 * area * math.log2(area + 1) * (count * rows + problem.out_channels * problem.group_in)
+    products = 2 * area * count * problem.batch * problem.out_channels * problem.group_in  # 4 multiplies, half the f
+    moved = 8 * count * rows * area * compute_dtype(request.dtype).itemsize
+    seconds = (
+        count * math.ceil(problem.batch / tiles.images) * 40 * machine(request).call
+        + 1e-4
+        + product_seconds(request, 20 * transforms, 24, 24)
+        + product_seconds(request, products, problem.group_out, problem.group_in) * 2
+        + moved / machine(request).bytes
+    )
+    return Cost(int(transforms + products), moved, workspace_bytes(tiles.buffers), seconds)
+
+
+def _error(request: Request) -> float:
+    problem, tiles = request.problem, _tiles(request)
+    area, extent = math.prod(tiles.transform), math.prod(problem.kernel)
+    return 6 * math.log2(area + 1) * math.sqrt(area / extent) + summation_error(problem.terms(request.direction))
+
+
+ALGORITHM = Algorithm("fft", _why_not, _cost, _error, _run)

@@ -1,0 +1,174 @@
+"""The walk that `shift` and `im2col` share: strips of the input in, one or many matrix products, the output out.
+
+The work is cut into slabs (some images, and some rows of the first dimension of their output) small enough for the
+cache.  For a slab, each *strip* holds the places  offset + stride * j  of the padded input, channels first and images
+side by side, X [g, strips, c, m*S]; the output has the same pitch, Y [g, o, m*S].  What to multiply is the
+algorithm's own idea; what is loaded before and stored behind it depends on the direction alone:
+
+    FORWARD      load X, set Y to the bias, multiply, store Y
+    GRAD_INPUT   load Y, set X to zero,     multiply, add X into the input
+    GRAD_WEIGHT  load X, load Y,            multiply; the weight is stored once, at the end
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+from torch import Tensor
+
+from plainconv.border import Run, gather, runs, scatter_add
+from plainconv.menu.base import Buffer, Tensors, carve, compute_dtype, workspace_bytes
+from plainconv.problem import ConvProblem, Direction, Request
+
+SLAB_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}  # CPU: half of an L2 cache, measured best between 0.25 and 4 MiB
+LEAST_COLUMNS = 256  # a matrix product with fewer columns does not reach its speed
+
+Multiply = Callable[[Request, Tensor, Tensor, Tensor], None]  # X [g, strips, c, m*S], W [g, taps, o, c], Y [g, o, m*S]
+
+
+class Strips(NamedTuple):
+    """offsets: where each strip begins in the padded input; reach: how far a strip is longer than the output."""
+
+    offsets: tuple[tuple[int, ...], ...]
+    reach: tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How a request is cut: images and rows of a slab, elements of a strip, and the workspace."""
+
+    images: int
+    rows: int
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def workspace(self) -> int:
+        return workspace_bytes(self.buffers)
+
+    def slabs(self, problem: ConvProblem) -> int:
+        return -(-problem.batch // self.images) * -(-problem.out[0] // self.rows)
+
+
+def pitch(problem: ConvProblem, strips: Strips, rows: int) -> tuple[int, ...]:
+    """Lengths of a strip along each dimension, for a slab of `rows` output rows."""
+    lengths = (rows, *problem.out[1:])
+    return tuple(length + reach for length, reach in zip(lengths, strips.reach, strict=True))
+
+
+def layout(request: Request, strips: Strips) -> Layout:
+    problem, dtype = request.problem, compute_dtype(request.dtype)
+    count = len(strips.offsets)
+    channels = count * problem.in_channels + problem.out_channels
+    target = min(SLAB_BYTES.get(request.device, SLAB_BYTES["cuda"]), request.max_workspace // 2)
+
+    def slab_bytes(rows: int) -> int:
+        return channels * math.prod(pitch(problem, strips, rows)) * dtype.itemsize
+
+    out_rows = problem.out[0]
+    if slab_bytes(out_rows) <= target:
+        images, rows = min(problem.batch, max(1, target // slab_bytes(out_rows))), out_rows
+    else:
+        a_row = max(1, slab_bytes(2) - slab_bytes(1))
+        enough = max(-(-LEAST_COLUMNS // math.prod(problem.out[1:])), 4 * strips.reach[0], 1)
+        images, rows = 1, min(out_rows, max(enough, (target - slab_bytes(0)) // a_row))
+    size = images * math.prod(pitch(problem, strips, rows))
+    buffers = [
+        Buffer((problem.groups * count * problem.group_in * size,), dtype),
+        Buffer((problem.groups * problem.group_out * size,), dtype),
+        Buffer((problem.groups, problem.taps, problem.group_out, problem.group_in), dtype),
+    ]
+    if request.direction is Direction.GRAD_INPUT and dtype != request.dtype:
+        buffers.append(Buffer((images, problem.in_channels, *problem.spatial), dtype))  # sums that must not be rounded
+    return Layout(images, rows, tuple(buffers))
+
+
+def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor, strips: Strips, multiply: Multiply) -> None:
+    problem, direction = request.problem, request.direction
+    plan = layout(request, strips)
+    x_flat, y_flat, w_taps, *sums = carve(workspace, plan.buffers)
+    x, w, y, bias = _by_role(direction, tensors, out)
+    w_seen = w.view(problem.groups, problem.group_out, problem.group_in, problem.taps).permute(0, 3, 1, 2)
+    if direction is Direction.GRAD_WEIGHT:
+        w_taps.zero_()
+    else:
+        w_taps.copy_(w_seen)  # [g, taps, o, c]
+
+    for images in _cuts(problem.batch, plan.images):
+        x_part, y_part = x[images], y[images]
+        if direction is Direction.GRAD_INPUT:
+            total = sums[0][: len(x_part)] if sums else x_part
+            total.zero_() if bias is None else total.copy_(_along(bias, problem.dims).expand_as(total))
+        for rows in _cuts(problem.out[0], plan.rows):
+            m, lengths = images.stop - images.start, pitch(problem, strips, rows.stop - rows.start)
+            size = m * math.prod(lengths)
+            strip_shape = (problem.groups, len(strips.offsets), problem.group_in, size)
+            xs = x_flat[: math.prod(strip_shape)].view(strip_shape)
+            ys = y_flat[: problem.out_channels * size].view(problem.groups, problem.group_out, size)
+            xs_seen = xs.view(*strip_shape[:3], m, *lengths)
+            ys_seen = _crop(ys.view(*ys.shape[:2], m, *lengths), rows, problem)
+            y_rows = _channels_first(y_part[:, :, rows], problem.groups)
+            places = [_places(problem, offset, rows.start, lengths) for offset in strips.offsets]
+
+            if direction is Direction.FORWARD:
+                ys.zero_() if bias is None else ys.copy_(bias.view(*ys.shape[:2], 1).expand_as(ys))
+            else:
+                if ys.numel() != y_rows.numel():
+                    ys.zero_()
+                ys_seen.copy_(y_rows)
+            if direction is Direction.GRAD_INPUT:
+                xs.zero_()
+            else:
+                for i, axes in enumerate(places):
+                    gather(_channels_first(x_part, problem.groups), axes, xs_seen[:, i])
+
+            multiply(request, xs, w_taps, ys)
+
+            if direction is Direction.FORWARD:
+                y_rows.copy_(ys_seen)
+            elif direction is Direction.GRAD_INPUT:
+                for i, axes in enumerate(places):
+                    scatter_add(xs_seen[:, i], axes, _channels_first(total, problem.groups))
+        if direction is Direction.GRAD_INPUT and sums:
+            x_part.copy_(total)
+    if direction is Direction.GRAD_WEIGHT:
+        w_seen.copy_(w_taps)
+
+
+def _by_role(direction: Direction, tensors: Tensors, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    first, second, bias = tensors
+    role = {direction.given[0]: first, direction.given[1]: second, direction.makes: out}
+    return role["x"], role["w"], role["y"], bias
+
+
+def _cuts(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _along(bias: Tensor, dims: int) -> Tensor:
+    return bias.view(-1, *(1,) * dims)
+
+
+def _channels_first(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.unflatten(1, (groups, -1)).permute(1, 2, 0, *range(3, tensor.dim() + 1))  # [g, c, n, *spatial]
+
+
+def _crop(y: Tensor, rows: slice, problem: ConvProblem) -> Tensor:
+    lengths = (rows.stop - rows.start, *problem.out[1:])
+    return y[(..., *(slice(0, length) for length in lengths))]
+
+
+def _places(
+    problem: ConvProblem, offset: tuple[int, ...], first_row: int, lengths: tuple[int, ...]
+) -> list[tuple[Run, ...]]:
+    starts = (offset[0] + problem.stride[0] * first_row, *offset[1:])
+    sides = zip(problem.spatial, problem.padding, starts, lengths, problem.stride, strict=True)
+    return [runs(size, pair, problem.padding_mode, start, count, step) for size, pair, start, count, step in sides]
+
+
+def taps(problem: ConvProblem) -> Iterator[tuple[int, ...]]:
+    """Places of the kernel's taps in the padded input, relative to where an output begins, in the weight's order."""
+    reaches = zip(problem.kernel, problem.dilation, strict=True)
+    return product(*(range(0, k * d, d) for k, d in reaches))

@@ -1,0 +1,207 @@
+"""torch.nn's convolution layers, computed by plainconv: change the import, keep everything else.
+
+Each class is a subclass of torch's of the same name: the constructor, the initialisation, the parameters, the
+state_dict and the repr are torch's own, and `isinstance` holds.  Added are the keyword `algorithm="auto"`, the paddings
+of plainconv.functional that torch lacks, and padding modes for the transposed layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plainconv import functional
+from plainconv.arguments import CONV_PADDINGS, Spelled, padding_specs
+from plainconv.plan import AUTO, check_algorithm
+from plainconv.problem import PADDING_MODES
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
+]
+
+
+class _Layer:
+    """What all layers add to torch's: the algorithm, and paddings and padding modes that torch's constructor refuses."""
+
+    function: Callable[..., Tensor]
+    algorithm: str = AUTO
+
+    def __init__(self, *args: Any, algorithm: str = AUTO, **kwargs: Any) -> None:
+        check_algorithm(algorithm)
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        padding, mode = given.arguments.get("padding", 0), given.arguments.get("padding_mode", "zeros")
+        transposed = "transpose" in type(self).function.__name__
+        if mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {set(PADDING_MODES)}, but got padding_mode='{mode}'")
+        added = _is_added(padding, transposed)
+        if added:
+            padding = _checked(type(self).function.__name__, padding)
+            given.arguments["padding"] = 0
+        if transposed and mode != "zeros":
+            given.arguments["padding_mode"] = "zeros"
+        super().__init__(*given.args, **given.kwargs)
+        self.algorithm = algorithm
+        self.padding_mode = mode
+        if added:
+            self.padding = padding
+
+    def extra_repr(self) -> str:
+        told: str = super().extra_repr()  # type: ignore[misc]
+        return told if self.algorithm == AUTO else f"{told}, algorithm={self.algorithm}"
+
+
+def _is_added(padding: Any, transposed: bool) -> bool:
+    """Whether torch's constructor does not know this padding."""
+    if isinstance(padding, str):
+        return transposed or padding not in ("same", "valid")
+    return isinstance(padding, (tuple, list)) and any(isinstance(side, (tuple, list, str)) for side in padding)
+
+
+def _checked(function: str, padding: Any) -> Any:
+    dims = int(function[-2])
+    if isinstance(padding, str) and "transpose" not in function and padding not in CONV_PADDINGS:
+        raise ValueError(f"Invalid padding string {padding!r}, should be one of {set(CONV_PADDINGS)}")
+    specs = padding_specs(Spelled(function, dims, (), (), None, 1, padding, 0, 1, 1, "zeros"))
+    return padding if isinstance(padding, str) else tuple(specs)
+
+
+class _Conv(_Layer):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(self).function(
+            input,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            padding_mode=self.padding_mode,
+            algorithm=self.algorithm,
+        )
+
+
+class _ConvTranspose(_Layer):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        extra = self.output_padding if output_size is None else self._output_padding_for(input, output_size)
+        return type(self).function(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            extra,
+            self.groups,
+            self.dilation,
+            padding_mode=self.padding_mode,
+            algorithm=self.algorithm,
+        )
+
+    def _output_padding_for(self, input: Tensor, output_size: list[int]) -> list[int]:
+        dims = len(self.kernel_size)
+        specs = [self.padding] * dims if isinstance(self.padding, str) else self.padding
+        if any(isinstance(spec, str) for spec in specs):
+            raise ValueError(
+                f"output_size={list(output_size)} cannot be chosen with padding={self.padding!r}, "
+                "which makes it the input's size times the stride; use numbers or pairs"
+            )
+        halves = [sum(spec) / 2 if isinstance(spec, tuple) else spec for spec in specs]  # torch takes each twice
+        extra = self._output_padding(
+            input, output_size, list(self.stride), halves, list(self.kernel_size), dims, list(self.dilation)
+        )
+        return [int(value) for value in extra]
+
+
+class _Lazy:
+    """torch's lazy constructors do not know `algorithm`; everything else they pass on."""
+
+    def __init__(self, *args: Any, algorithm: str = AUTO, **kwargs: Any) -> None:
+        check_algorithm(algorithm)
+        super().__init__(*args, **kwargs)
+        self.algorithm = algorithm
+
+
+class Conv1d(_Conv, torch.nn.Conv1d):
+    """torch.nn.Conv1d, computed by plainconv.conv1d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv1d)
+
+
+class Conv2d(_Conv, torch.nn.Conv2d):
+    """torch.nn.Conv2d, computed by plainconv.conv2d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv2d)
+
+
+class Conv3d(_Conv, torch.nn.Conv3d):
+    """torch.nn.Conv3d, computed by plainconv.conv3d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv3d)
+
+
+class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
+    """torch.nn.ConvTranspose1d, computed by plainconv.conv_transpose1d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv_transpose1d)
+
+
+class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d, computed by plainconv.conv_transpose2d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv_transpose2d)
+
+
+class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
+    """torch.nn.ConvTranspose3d, computed by plainconv.conv_transpose3d; see torch's for the arguments."""
+
+    function = staticmethod(functional.conv_transpose3d)
+
+
+class LazyConv1d(_Lazy, torch.nn.LazyConv1d, Conv1d):
+    """torch.nn.LazyConv1d that becomes a plainconv.nn.Conv1d at its first input."""
+
+    cls_to_become = Conv1d
+
+
+class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):
+    """torch.nn.LazyConv2d that becomes a plainconv.nn.Conv2d at its first input."""
+
+    cls_to_become = Conv2d
+
+
+class LazyConv3d(_Lazy, torch.nn.LazyConv3d, Conv3d):
+    """torch.nn.LazyConv3d that becomes a plainconv.nn.Conv3d at its first input."""
+
+    cls_to_become = Conv3d
+
+
+class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):
+    """torch.nn.LazyConvTranspose1d that becomes a plainconv.nn.ConvTranspose1d at its first input."""
+
+    cls_to_become = ConvTranspose1d
+
+
+class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):
+    """torch.nn.LazyConvTranspose2d that becomes a plainconv.nn.ConvTranspose2d at its first input."""
+
+    cls_to_become = ConvTranspose2d
+
+
+class LazyConvTranspose3d(_Lazy, torch.nn.LazyConvTranspose3d, ConvTranspose3d):
+    """torch.nn.LazyConvTranspose3d that becomes a plainconv.nn.ConvTranspose3d at its first input."""
+
+    cls_to_become = ConvTranspose3d

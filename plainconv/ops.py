@@ -1,0 +1,330 @@
+"""Convolution as torch operators: gradients, fake tensors, vmap, autocast - the only file that knows torch.library.
+
+Three operators, plainconv::forward, grad_input and grad_weight, one for each direction.  Since convolution is linear
+in each of its three tensors, one rule gives every derivative of every order: to differentiate the direction that
+makes tensor m out of a and b, with respect to a, make a out of b and the cotangent of m,
+
+    FORWARD(x, w)      cotangent g:  dx = GRAD_INPUT(g, w)    dw = GRAD_WEIGHT(x, g)
+    GRAD_INPUT(y, w)   cotangent u:  dy = FORWARD(u, w)       dw = GRAD_WEIGHT(u, y)
+    GRAD_WEIGHT(x, y)  cotangent v:  dx = GRAD_INPUT(y, v)    dy = FORWARD(x, v)
+
+(for complex numbers b is conjugated), and a tangent goes through the direction itself.  vmap folds the new dimension
+into the batch, the input channels, the output channels or the groups, whichever the tensors that have it share.
+
+Three ways in, for one answer: a plain call runs the plan at once; a call that torch watches (a gradient, a transform,
+a mode) goes through an autograd.Function; a traced one (torch.compile, torch.export) calls the operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from plainconv.plan import AUTO, Plan, plan
+from plainconv.problem import ConvProblem, Direction, Geometry, Request
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Make(NamedTuple):
+    """What to make: the direction, the shape and memory format of the result, how the kernel moves, and by what."""
+
+    direction: Direction
+    shape: tuple[int, ...]
+    geometry: Geometry
+    channels_last: bool = False
+    algorithm: str = AUTO
+
+    def derivative(self, role: str, like: Tensor) -> Make:
+        """The direction that makes tensor `role`, in the shape and format of `like`."""
+        return Make(Direction.making(role), like.shape, self.geometry, is_channels_last(like), self.algorithm)
+
+    def operands(self) -> tuple[Any, ...]:
+        """The arguments of the operator that come after the tensors."""
+        stride, padding, dilation, groups, mode = self.geometry
+        flat = [side for pair in padding for side in pair]
+        return list(self.shape), list(stride), flat, list(dilation), groups, mode, self.channels_last, self.algorithm
+
+    @staticmethod
+    def of(direction: Direction, shape: Any, stride: Any, padding: Any, dilation: Any, *rest: Any) -> Make:
+        groups, mode, channels_last, algorithm = rest
+        pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+        return Make(
+            direction,
+            tuple(shape),
+            Geometry(tuple(stride), pairs, tuple(dilation), groups, mode),
+            channels_last,
+            algorithm,
+        )
+
+
+def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
+    """The tensor that `make` describes, out of the two that its direction is given; differentiable in all three.
+
+    `bias` [channels of the result] is added to it (None in GRAD_WEIGHT).
+    """
+    if torch.compiler.is_compiling():
+        operator = _OPERATORS[make.direction]
+        return operator(first, second, bias, *make.operands())  # type: ignore[no-any-return]
+    if _is_plain(first, second, bias):
+        return _compute(first, second, bias, make)
+    return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether torch would suggest channels_last for a result made from this tensor (its suggest_memory_format)."""
+    strides = tensor.stride()
+    if len(strides) not in _FORMATS or strides[1] > strides[-1]:
+        return False
+    # From the innermost dimension out, strides must grow; in a tie at the batch, torch prefers contiguous.
+    least: int = 0
+    for dim in (1, *range(len(strides) - 1, 1, -1), 0):
+        if tensor.shape[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * max(tensor.shape[dim], 1)
+    return True
+
+
+# -- the plain way ---------------------------------------------------------------------------------------------------
+
+
+def _is_plain(first: Tensor, second: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing watches this call, so that it may run at once: no subclass, no unusual storage, no gradient,
+    no forward-mode level, no functorch transform, no mode, no tracing, no autocast."""
+    tensors = (first, second) if bias is None else (first, second, bias)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.is_conj() or tensor.is_neg() or tensor.layout is not torch.strided:
+            return False
+        if tensor.is_meta or torch._C._functorch.is_legacy_batchedtensor(tensor):  # the latter: is_grads_batched=True
+            return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return not (
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled(first.device.type)
+    )
+
+
+def _compute(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
+    """The kernel: sizes become a problem, the problem a plan, and the plan fills the result."""
+    threads = torch.get_num_threads()
+    chosen = _plan(make, first.shape, second.shape, first.dtype, first.device.type, bias is not None, threads)
+    out = _empty(first, make)
+    if out.numel() == 0:
+        return out
+    if first.numel() == 0 or second.numel() == 0:
+        return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * (out.dim() - 2)).expand_as(out))
+    chosen((_regular(first), _regular(second), bias), out)
+    return out
+
+
+def _empty(like: Tensor, make: Make) -> Tensor:
+    memory_format = _FORMATS[len(make.shape)] if make.channels_last else torch.contiguous_format
+    return torch.empty(make.shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+@lru_cache(4096)
+def _plan(
+    make: Make, first: torch.Size, second: torch.Size, dtype: torch.dtype, device: str, has_bias: bool, threads: int
+) -> Plan:
+    problem = _problem(make, first, second)
+    request = Request(problem, make.direction, dtype, device, make.channels_last, has_bias, threads)
+    return plan(request, make.algorithm)
+
+
+def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:
+    """The request that a call sends to the planner, or the one of its gradients if `direction` is not make's own."""
+    problem, threads = _problem(make, first.shape, second.shape), torch.get_num_threads()
+    has_bias = bias is not None and direction is make.direction
+    return Request(problem, direction, first.dtype, first.device.type, make.channels_last, has_bias, threads)
+
+
+def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvProblem:
+    shapes = dict(zip(make.direction.given, (tuple(first), tuple(second)), strict=True))
+    shapes[make.direction.makes] = make.shape
+    problem = ConvProblem.between(shapes["x"], shapes["w"], make.geometry)
+    for role, shape in shapes.items():
+        if problem.shape_of(role) != tuple(shape):
+            raise RuntimeError(
+                f"tensor {role} of {problem} should have shape {problem.shape_of(role)}, got {tuple(shape)}"
+            )
+    return problem
+
+
+def _regular(tensor: Tensor) -> Tensor:
+    """Expanded tensors (a cotangent of sum() has stride 0 everywhere) in plain memory; all others as they are."""
+    return tensor.contiguous() if 0 in tensor.stride() else tensor
+
+
+# -- autocast --------------------------------------------------------------------------------------------------------
+
+
+def autocast(first: Tensor, second: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """torch's rule for convolutions under autocast: every floating type but float64 becomes the region's type."""
+    dtype = torch.get_autocast_dtype(first.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor
+
+    return cast(first), cast(second), None if bias is None else cast(bias)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The products inside a kernel are in the types that the algorithm chose."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+class _Convolution(torch.autograd.Function):
+    """All three directions and all their derivatives; `make` says which."""
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPERATORS[make.direction](first, second, bias, *make.operands())  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Make], output: Tensor) -> None:
+        first, second, bias, ctx.make = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(first, second)
+        ctx.save_for_forward(first, second)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        first, second = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None, None]
+        given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
+        for i, (role, like) in enumerate(given.items()):
+            if ctx.needs_input_grad[i]:
+                other = {r: tensor.conj() for r, tensor in given.items() if r != role}
+                other[ctx.make.direction.makes] = cotangent
+                make = ctx.make.derivative(role, like)
+                gradients[i] = convolve(*(other[r] for r in make.direction.given), None, make)  # type: ignore[misc, call-arg]
+        needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
+        bias = cotangent.sum([0, *range(2, cotangent.dim())]) if needs_bias else None
+        return gradients[0], gradients[1], bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, first_t: Tensor | None, second_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
+        first, second = ctx.saved_tensors
+        parts = []
+        if first_t is not None:
+            parts.append(convolve(first_t, second, bias_t, ctx.make))
+            bias_t = None
+        if second_t is not None:
+            parts.append(convolve(first, second_t, bias_t, ctx.make))
+            bias_t = None
+        if bias_t is not None:
+            shape = torch.Size(ctx.make.shape)
+            parts.append(bias_t.view(-1, *(1,) * (len(shape) - 2)).expand(shape))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return _vmap(info.batch_size, in_dims, *inputs)
+
+
+# -- vmap ------------------------------------------------------------------------------------------------------------
+
+# Which dimension of each tensor the letters n (batch), g (groups), c (input) and o (output channels of a group) are in.
+_LETTERS = {"x": {"n": 0, "g": 1, "c": 1}, "w": {"g": 0, "o": 0, "c": 1}, "y": {"n": 0, "g": 1, "o": 1}}
+
+
+def _vmap(
+    size: int, in_dims: tuple[int | None, ...], first: Tensor, second: Tensor, bias: Tensor | None, make: Make
+) -> tuple[Tensor, int]:
+    """Fold the mapped dimension into a letter that the tensors which have it share, and that the other lacks.
+
+    If x is not mapped that is o, without w it is n, without y it is c; if all are mapped, the groups.
+    """
+    given = dict(zip(make.direction.given, (first, second), strict=True))
+    mapped = {r: d for r, d in zip(given, in_dims[:2], strict=True) if d is not None}
+    if mapped:
+        whole = [r for r in given if r not in mapped]
+        letter = next(letter for letter in "nocg" if all(letter not in _LETTERS[r] for r in whole)) if whole else "g"
+        groups, made = make.geometry.groups, make.direction.makes
+        tensors = [
+            _fold(tensor.movedim(mapped[r], 0), r, letter, groups) if r in mapped else tensor
+            for r, tensor in given.items()
+        ]
+        shape = tuple(s * size if dim == _LETTERS[made][letter] else s for dim, s in enumerate(make.shape))
+        geometry = make.geometry._replace(groups=groups * size) if letter == "g" else make.geometry
+        folded = convolve(*tensors, None, make._replace(shape=shape, geometry=geometry))  # type: ignore[call-arg]
+        result = _unfold(folded, made, letter, groups, size)
+    else:
+        result = convolve(first, second, None, make).unsqueeze(0)
+    if bias is not None:
+        rows = bias.unsqueeze(0) if in_dims[2] is None else bias.movedim(in_dims[2], 0)
+        result = result + rows.reshape(len(rows), 1, -1, *(1,) * (len(make.shape) - 2))
+    return result, 0
+
+
+def _fold(tensor: Tensor, role: str, letter: str, groups: int) -> Tensor:
+    """[size, *shape of the role] -> the shape of the role with `size` times as much of the letter."""
+    grouped, at = _LETTERS[role]["g"], list(_LETTERS[role]).index(letter)
+    lettered = tensor.unflatten(1 + grouped, (groups, -1))  # [size, letters..., *spatial]
+    return lettered.movedim(0, at).flatten(at, at + 1).flatten(grouped, grouped + 1)
+
+
+def _unfold(tensor: Tensor, role: str, letter: str, groups: int, size: int) -> Tensor:
+    """The inverse of _fold."""
+    grouped, at = _LETTERS[role]["g"], list(_LETTERS[role]).index(letter)
+    lettered = tensor.unflatten(grouped, (groups * size if letter == "g" else groups, -1))
+    return lettered.unflatten(at, (size, -1)).movedim(at, 0).flatten(1 + grouped, 2 + grouped)
+
+
+# -- the operators ---------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor? bias, SymInt[] size, int[] stride, SymInt[] padding, int[] dilation, int groups, "
+    "str padding_mode, bool channels_last, str algorithm"
+)
+_LIBRARY = torch.library.Library("plainconv", "DEF")
+
+
+def _define(direction: Direction) -> Callable[..., Tensor]:
+    name = direction.value
+    first_name, second_name = direction.given
+    _LIBRARY.define(f"{name}(Tensor {first_name}, Tensor {second_name}, {_ARGUMENTS}) -> Tensor")
+
+    def kernel(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
+        with _without_autocast(first.device.type):
+            return _compute(first, second, bias, Make.of(direction, *operands))
+
+    def fake(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
+        make = Make.of(direction, *operands)
+        sizes = (*first.shape, *second.shape, *make.shape, *operands[2])
+        if not any(isinstance(size, torch.SymInt) for size in sizes):
+            _problem(make, first.shape, second.shape)
+        return _empty(first, make)
+
+    def autograd(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
+        return _Convolution.apply(first, second, bias, Make.of(direction, *operands))  # type: ignore[no-untyped-call, no-any-return]
+
+    def vmap(info: Any, in_dims: Any, first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Any:
+        return _vmap(info.batch_size, in_dims, first, second, bias, Make.of(direction, *operands))
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"plainconv::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"plainconv::{name}", vmap, lib=_LIBRARY)
+    return getattr(torch.ops.plainconv, name).default  # type: ignore[no-any-return]
+
+
+_OPERATORS = {direction: _define(direction) for direction in Direction}

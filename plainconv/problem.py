@@ -1,0 +1,281 @@
+"""A convolution as a value: its sizes, its shape arithmetic, and what is asked of it.
+
+Convolution is one form that is linear in each of three tensors,
+
+    input x [n, c, *spatial],  weight w [o, c/g, *kernel],  output y [n, o, *out],
+
+and sums the products  x[n, c, y*stride + k*dilation - lo] * w[o, c, k]  paired with  y[n, o, y].  Given two of the
+tensors, a `Direction` names the map to the third.  Nothing here computes with tensors: this is the ground floor, and
+every other module speaks in these values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+DEFAULT_MAX_WORKSPACE = 1 << 30
+
+Pair = tuple[int, int]
+
+
+class Direction(Enum):
+    """Which of the three tensors is made out of the other two (`given`, in the order operators take them)."""
+
+    FORWARD = "forward"
+    GRAD_INPUT = "grad_input"
+    GRAD_WEIGHT = "grad_weight"
+
+    # Members are looked up in dictionaries on every call; identity is enough and much cheaper than Enum's own hash.
+    __hash__ = object.__hash__
+
+    @property
+    def makes(self) -> str:
+        return {"forward": "y", "grad_input": "x", "grad_weight": "w"}[self.value]
+
+    @property
+    def given(self) -> tuple[str, str]:
+        return {"forward": ("x", "w"), "grad_input": ("y", "w"), "grad_weight": ("x", "y")}[self.value]  # type: ignore[return-value]
+
+    @staticmethod
+    def making(role: str) -> Direction:
+        return _MAKING[role]
+
+
+_MAKING = {direction.makes: direction for direction in Direction}
+
+
+class Geometry(NamedTuple):
+    """How the kernel moves over the input; everything about a convolution that is not the size of a tensor."""
+
+    stride: tuple[int, ...]
+    padding: tuple[Pair, ...]  # (lo, hi) for each dimension; negative crops
+    dilation: tuple[int, ...]  # 1 means none
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+
+def out_size(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
+    """Length of the output along one dimension (works on torch.SymInt as well)."""
+    return (size + padding[0] + padding[1] - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def out_spatial(spatial: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+    """Lengths of the output along every dimension (works on torch.SymInt as well)."""
+    sides = zip(spatial, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    return tuple(out_size(*side) for side in sides)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """One convolution: all sizes, as integers.
+
+    `str(problem)` is a short text, "n2 c64 o64 x56x56 k3x3 s2 p1", and `ConvProblem.parse` reads it back.
+    Raises RuntimeError, in torch's words where torch has them, if the sizes do not fit together.
+    """
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    spatial: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[Pair, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.spatial), len(self.kernel), len(self.stride), len(self.padding), len(self.dilation)}
+        if len(lengths) != 1:
+            raise RuntimeError(f"spatial, kernel, stride, padding and dilation should have one length, got {self}")
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, but got padding_mode={self.padding_mode!r}")
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+            raise RuntimeError(
+                f"in_channels={self.in_channels} and out_channels={self.out_channels} must be divisible by groups={self.groups}"
+            )
+        self._check_extents()
+        self._check_borders()
+
+    def _check_extents(self) -> None:
+        padded = self.padded
+        if any(
+            p < k or p < (k - 1) * d + 1 or k < 1 for p, k, d in zip(padded, self.kernel, self.dilation, strict=True)
+        ):
+            extents = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+            raise RuntimeError(
+                f"Calculated padded input size per channel: ({' x '.join(map(str, padded))}). "
+                f"Kernel size: ({' x '.join(map(str, extents))}). Kernel size can't be greater than actual input size"
+            )
+
+    def _check_borders(self) -> None:
+        for dim, (size, (lo, hi)) in enumerate(zip(self.spatial, self.padding, strict=True)):
+            inside = size + min(lo, 0) + min(hi, 0)
+            if inside < 0:
+                raise RuntimeError(
+                    f"negative padding {(lo, hi)} crops more than the input's {size} at dimension {dim + 2}"
+                )
+            if self.padding_mode == "zeros" or max(lo, hi) <= 0:
+                continue
+            if self.padding_mode == "reflect" and max(lo, hi) >= inside:
+                raise RuntimeError(
+                    "Padding size should be less than the corresponding input dimension, but got: padding "
+                    f"({lo}, {hi}) at dimension {dim + 2} of input {list(self.input_shape)}"
+                )
+            if self.padding_mode == "circular" and max(lo, hi) > inside:
+                raise RuntimeError("Padding value causes wrapping around more than once.")
+            if inside == 0:
+                raise RuntimeError(
+                    f"padding_mode={self.padding_mode!r} has nothing to read: dimension {dim + 2} is empty"
+                )
+
+    # -- shapes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def dims(self) -> int:
+        return len(self.spatial)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        return tuple(s + lo + hi for s, (lo, hi) in zip(self.spatial, self.padding, strict=True))
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return out_spatial(self.spatial, self.kernel, self.geometry)
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.in_channels, *self.spatial)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.group_in, *self.kernel)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.batch, self.out_channels, *self.out)
+
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """Shape of the tensor "x", "w" or "y"."""
+        return {"x": self.input_shape, "w": self.weight_shape, "y": self.output_shape}[role]
+
+    @property
+    def multiplies(self) -> int:
+        """Products summed by the definition, the same in every direction (padding counted)."""
+        return self.batch * self.out_channels * math.prod(self.out) * self.group_in * self.taps
+
+    def terms(self, direction: Direction) -> int:
+        """Products summed into one element of the tensor that `direction` makes, at most."""
+        if direction is Direction.FORWARD:
+            return self.group_in * self.taps
+        if direction is Direction.GRAD_WEIGHT:
+            return self.batch * math.prod(self.out)
+        # Borders fold several padded places onto one element, at most the padded over the plain area.
+        folds = 1 if self.padding_mode == "zeros" else 3**self.dims
+        return self.group_out * self.taps * folds
+
+    @staticmethod
+    def between(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> ConvProblem:
+        """The problem with an input of `x_shape` [n, c, *spatial] and a weight of `w_shape` [o, c/g, *kernel]."""
+        return ConvProblem(x_shape[0], x_shape[1], w_shape[0], tuple(x_shape[2:]), tuple(w_shape[2:]), *geometry)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        def each(values: tuple[int, ...]) -> str:
+            return "x".join(map(str, values))
+
+        parts = [f"n{self.batch}", f"c{self.in_channels}", f"o{self.out_channels}"]
+        parts += [f"x{each(self.spatial)}", f"k{each(self.kernel)}"]
+        if set(self.stride) != {1}:
+            parts.append(f"s{each(self.stride)}")
+        if set(self.padding) != {(0, 0)}:
+            parts.append("p" + "x".join(f"{lo}" if lo == hi else f"{lo}:{hi}" for lo, hi in self.padding))
+        if set(self.dilation) != {1}:
+            parts.append(f"d{each(self.dilation)}")
+        if self.groups != 1:
+            parts.append(f"g{self.groups}")
+        if self.padding_mode != "zeros":
+            parts.append(f"m{self.padding_mode}")
+        return " ".join(parts)
+
+    @staticmethod
+    def parse(text: str) -> ConvProblem:
+        """Read the text form: "n2 c64 o64 x56x56 k3x3 s2 p1:0 d1 g1 mreflect".
+
+        s, p, d, g and m may be left out; one number stands for every dimension. Raises ValueError for anything else.
+        """
+        fields: dict[str, str] = {}
+        for word in text.split():
+            if not re.fullmatch(r"[ncogxksdp][-\dx:]+|m[a-z]+", word) or word[0] in fields:
+                raise ValueError(f"problem text {text!r}: {word!r} is not one of n c o x k s p d g m with its value")
+            fields[word[0]] = word[1:]
+        if missing := [letter for letter in "ncoxk" if letter not in fields]:
+            raise ValueError(f"problem text {text!r} lacks {', '.join(missing)}")
+        try:
+            spatial = tuple(int(v) for v in fields["x"].split("x"))
+
+            def each(letter: str, default: str) -> list[str]:
+                values = fields.get(letter, default).split("x")
+                return values * len(spatial) if len(values) == 1 else values
+
+            pairs = [[int(v) for v in side.split(":")] for side in each("p", "0")]
+            return ConvProblem(
+                int(fields["n"]),
+                int(fields["c"]),
+                int(fields["o"]),
+                spatial,
+                tuple(map(int, each("k", ""))),
+                tuple(map(int, each("s", "1"))),
+                tuple((pair[0], pair[-1]) for pair in pairs),
+                tuple(map(int, each("d", "1"))),
+                int(fields.get("g", "1")),
+                fields.get("m", "zeros"),
+            )
+        except ValueError as error:
+            raise ValueError(f"problem text {text!r}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything that the choice of an algorithm may depend on; values of tensors are not among it.
+
+    channels_last and has_bias speak of the tensor to be made; max_workspace is in bytes.
+    """
+
+    problem: ConvProblem
+    direction: Direction
+    dtype: torch.dtype
+    device: str = "cpu"
+    channels_last: bool = False
+    has_bias: bool = False
+    threads: int = 1
+    max_workspace: int = DEFAULT_MAX_WORKSPACE
+
+    def __str__(self) -> str:
+        return f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"

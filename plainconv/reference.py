@@ -1,0 +1,81 @@
+"""The definition of convolution in tensor operations: for any type, any device, and as short as can be.
+
+With p = y * stride + k * dilation a place of the padded input, all three directions are sums of the same products,
+
+    FORWARD      y[n, g, o, y]  = sum over c, k     of  pad(x)[n, g, c, p] * w[g, o, c, k]
+    GRAD_INPUT   x              = pad^T of the sum  over o, k, y of  y[n, g, o, y] * w[g, o, c, k]  at place p
+    GRAD_WEIGHT  w[g, o, c, k]  = sum over n, y     of  pad(x)[n, g, c, p] * y[n, g, o, y]
+
+written here as one pass over the image for every (tap k, input channel c).  It multiplies element by element, so
+that integers wrap and no matrix library has a say.  Cost: taps * c/g passes over the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from torch import Tensor
+
+from plainconv.border import Run, gather, runs, scatter_add
+from plainconv.problem import ConvProblem
+
+
+def forward(problem: ConvProblem, x: Tensor, w: Tensor) -> Tensor:
+    """y [n, o, *out] from x [n, c, *spatial] and w [o, c/g, *kernel], of x's type."""
+    padded, w = _padded(problem, x), _split(w, 0, problem.groups)
+    y = x.new_zeros(problem.batch, problem.groups, problem.group_out, *problem.out)
+    for tap, window in _taps(problem, padded):
+        for c in range(problem.group_in):
+            y += window[:, :, c, None] * _per_channel(w[(..., c, *tap)], problem.dims)
+    return y.flatten(1, 2)
+
+
+def grad_input(problem: ConvProblem, y: Tensor, w: Tensor) -> Tensor:
+    """x [n, c, *spatial] from y [n, o, *out] and w [o, c/g, *kernel], of y's type."""
+    y, w = _split(y, 1, problem.groups), _split(w, 0, problem.groups)
+    padded = y.new_zeros(problem.batch, problem.groups, problem.group_in, *problem.padded)
+    for tap, window in _taps(problem, padded):
+        for c in range(problem.group_in):
+            window[:, :, c] += (y * _per_channel(w[(..., c, *tap)], problem.dims)).sum(2, dtype=y.dtype)
+    x = y.new_zeros(problem.input_shape)
+    scatter_add(padded.flatten(1, 2), _whole(problem), x)
+    return x
+
+
+def grad_weight(problem: ConvProblem, x: Tensor, y: Tensor) -> Tensor:
+    """w [o, c/g, *kernel] from x [n, c, *spatial] and y [n, o, *out], of x's type."""
+    padded, y = _padded(problem, x), _split(y, 1, problem.groups)
+    w = x.new_zeros(problem.groups, problem.group_out, problem.group_in, *problem.kernel)
+    space = [0, *range(3, 3 + problem.dims)]
+    for tap, window in _taps(problem, padded):
+        for c in range(problem.group_in):
+            w[(..., c, *tap)] = (window[:, :, c, None] * y).sum(space, dtype=y.dtype)
+    return w.flatten(0, 1)
+
+
+def _split(tensor: Tensor, dim: int, groups: int) -> Tensor:
+    return tensor.unflatten(dim, (groups, tensor.shape[dim] // groups))
+
+
+def _per_channel(w: Tensor, dims: int) -> Tensor:
+    return w.reshape(w.shape + (1,) * dims)  # [g, o] -> [g, o, 1, ...]
+
+
+def _whole(problem: ConvProblem) -> list[tuple[Run, ...]]:
+    sides = zip(problem.spatial, problem.padding, problem.padded, strict=True)
+    return [runs(size, pair, problem.padding_mode, 0, padded) for size, pair, padded in sides]
+
+
+def _padded(problem: ConvProblem, x: Tensor) -> Tensor:
+    padded = x.new_empty(problem.batch, problem.in_channels, *problem.padded)
+    gather(x, _whole(problem), padded)
+    return _split(padded, 1, problem.groups)
+
+
+def _taps(problem: ConvProblem, padded: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Every tap, and the view of the padded input [n, g, c, *out] that it multiplies."""
+    for tap in product(*map(range, problem.kernel)):
+        sides = zip(tap, problem.dilation, problem.stride, problem.out, strict=True)
+        window = tuple(slice(k * d, k * d + (out - 1) * s + 1, s) for k, d, s, out in sides)
+        yield tap, padded[(..., *window)]
