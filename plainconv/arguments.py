@@ -138,6 +138,7 @@ def _each(call: Spelled, name: str) -> Shape:
 
 
 def padding_specs(call: Spelled) -> list[int | Pair | str]:
+    """The padding of each dimension: a number for both sides, a pair (lo, hi), or a name."""
     named = TRANSPOSED_PADDINGS if call.transposed else CONV_PADDINGS
     specs: list[int | Pair | str] = []
     for spec in _listed(call, "padding", call.padding, call.dims):
@@ -185,7 +186,7 @@ def _check_weight(call: Spelled) -> None:
             )
         _listed(call, "stride", _listed(call, "stride", call.stride, call.dims), len(shape) - 2)
         raise RuntimeError(
-            f"expected weight of {call.function} to have {call.dims + 2} dimensions, but got weight of size {list(shape)}"
+            f"expected weight of {call.function} to have {call.dims + 2} dimensions, but got size {list(shape)}"
         )
     if not torch.compiler.is_compiling() and any(size < 1 for size in shape[2:]):
         raise RuntimeError(f"kernel size should be greater than zero, but got weight of size {list(shape)}")

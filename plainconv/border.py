@@ -16,8 +16,9 @@ border is added where the mode would have read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
+from types import EllipsisType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,10 +27,10 @@ from plainconv.problem import Pair
 
 
 class Run(NamedTuple):
-    """Strip places at .. at + count - 1 show input elements source, source + step, ...; source -1: zeros."""
+    """Strip places at .. at + length - 1 show input elements source, source + step, ...; source -1: zeros."""
 
     at: int
-    count: int
+    length: int
     source: int
     step: int
 
@@ -66,19 +67,24 @@ def runs(size: int, padding: Pair, mode: str, start: int, count: int, step: int 
         Run(end, after - end, high + first, border_step),
         Run(after, count - after, -1, 0),
     )
-    return tuple(run for run in pieces if run.count)
+    return tuple(run for run in pieces if run.length)
 
 
-def _slices(axes: Sequence[Run]) -> tuple[object, ...]:
-    return (..., *(slice(run.at, run.at + run.count) for run in axes))
+def inner(sides: Iterable[slice | int]) -> tuple[EllipsisType | slice | int, ...]:
+    """An index that takes these of the last dimensions, and all of those before."""
+    return (..., *sides)
+
+
+def _part(axes: Sequence[Run]) -> tuple[EllipsisType | slice | int, ...]:
+    return inner(slice(run.at, run.at + run.length) for run in axes)
 
 
 def _window(tensor: Tensor, axes: Sequence[Run]) -> tuple[Tensor, list[int], list[int]]:
     """The elements that the runs show, as a view, and which dimensions to flip or to repeat to see them in order."""
-    view: list[object] = [...]
+    view: list[slice] = []
     flips, repeats = [], []
     for dim, run in enumerate(axes, start=-len(axes)):
-        last = run.source + run.step * (run.count - 1)
+        last = run.source + run.step * (run.length - 1)
         if run.step > 0:
             view.append(slice(run.source, last + 1, run.step))
         elif run.step < 0:
@@ -87,7 +93,7 @@ def _window(tensor: Tensor, axes: Sequence[Run]) -> tuple[Tensor, list[int], lis
         else:
             view.append(slice(run.source, run.source + 1))
             repeats.append(dim)
-    return tensor[tuple(view)], flips, repeats
+    return tensor[inner(view)], flips, repeats
 
 
 def _shown(axes: Sequence[Sequence[Run]]) -> list[tuple[Run, ...]]:
@@ -95,19 +101,19 @@ def _shown(axes: Sequence[Sequence[Run]]) -> list[tuple[Run, ...]]:
 
 
 def gather(source: Tensor, axes: Sequence[Sequence[Run]], out: Tensor) -> None:
-    """out[..., i, j] = source[..., the element that the runs of each axis show at i, j]; out has the strips' lengths."""
+    """Fill out[..., i, j], as long as the strips, with source[..., the element that the runs of each axis show]."""
     if any(run.source < 0 for axis in axes for run in axis):
         out.zero_()
     for piece in _shown(axes):
         window, flips, _ = _window(source, piece)
-        out[_slices(piece)].copy_(window.flip(flips) if flips else window)  # a repeated element broadcasts
+        out[_part(piece)].copy_(window.flip(flips) if flips else window)  # a repeated element broadcasts
 
 
 def scatter_add(strip: Tensor, axes: Sequence[Sequence[Run]], into: Tensor) -> None:
     """The adjoint of `gather`: into[..., element shown at i, j] += strip[..., i, j], in a fixed order."""
     for piece in _shown(axes):
         window, flips, repeats = _window(into, piece)
-        part = strip[_slices(piece)]
+        part = strip[_part(piece)]
         if repeats:
             part = part.sum(repeats, keepdim=True, dtype=strip.dtype)
         window.add_(part.flip(flips) if flips else part)

@@ -141,7 +141,8 @@ def conv_transpose2d(
     plainconv.functional.
 
     Returns [n, c, out_h, out_w] of the input's type, with
-    out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1; channels_last if the input or the weight is.
+    out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1;
+    channels_last if the input or the weight is.
     Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
     """
     options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
@@ -221,7 +222,7 @@ def _call(
         spelled = options._asdict()
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
-        return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)  # type: ignore[no-any-return]
+        return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
     if torch.is_autocast_enabled(input.device.type if isinstance(input, Tensor) else "cpu"):
         input, weight, bias = ops.autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, options)
@@ -281,5 +282,6 @@ def _check_tensors(name: str, input: Tensor, weight: Tensor, bias: Tensor | None
     if input.layout is not torch.strided or input.is_nested or input.is_quantized:
         raise NotImplementedError(
             f"{name}() takes dense tensors, but got input of type {input.type()}; "
-            "convert it first: to_dense() for sparse or mkldnn, to_padded_tensor() for nested, dequantize() for quantized"
+            "convert it first: sparse and mkldnn with to_dense(), nested with to_padded_tensor(), "
+            "quantized with dequantize()"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from plainconv import functional
 from plainconv.arguments import CONV_PADDINGS, Spelled, padding_specs
@@ -35,8 +36,8 @@ __all__ = [
 ]
 
 
-class _Layer:
-    """What all layers add to torch's: the algorithm, and paddings and padding modes that torch's constructor refuses."""
+class _Layer(_ConvNd):
+    """What all layers add to torch's: the algorithm, and the paddings and modes that torch's constructor refuses."""
 
     function: Callable[..., Tensor]
     algorithm: str = AUTO
@@ -61,7 +62,7 @@ class _Layer:
             self.padding = padding
 
     def extra_repr(self) -> str:
-        told: str = super().extra_repr()  # type: ignore[misc]
+        told: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return told if self.algorithm == AUTO else f"{told}, algorithm={self.algorithm}"
 
 
@@ -95,7 +96,7 @@ class _Conv(_Layer):
         )
 
 
-class _ConvTranspose(_Layer):
+class _ConvTranspose(_Layer, _ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         extra = self.output_padding if output_size is None else self._output_padding_for(input, output_size)
         return type(self).function(
@@ -119,7 +120,7 @@ class _ConvTranspose(_Layer):
                 f"output_size={list(output_size)} cannot be chosen with padding={self.padding!r}, "
                 "which makes it the input's size times the stride; use numbers or pairs"
             )
-        halves = [sum(spec) / 2 if isinstance(spec, tuple) else spec for spec in specs]  # torch takes each twice
+        halves: list[Any] = [sum(s) / 2 if isinstance(s, tuple) else s for s in specs]  # torch takes each twice
         extra = self._output_padding(
             input, output_size, list(self.stride), halves, list(self.kernel_size), dims, list(self.dilation)
         )
@@ -171,37 +172,37 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
     function = staticmethod(functional.conv_transpose3d)
 
 
-class LazyConv1d(_Lazy, torch.nn.LazyConv1d, Conv1d):
+class LazyConv1d(_Lazy, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
     """torch.nn.LazyConv1d that becomes a plainconv.nn.Conv1d at its first input."""
 
     cls_to_become = Conv1d
 
 
-class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):
+class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
     """torch.nn.LazyConv2d that becomes a plainconv.nn.Conv2d at its first input."""
 
     cls_to_become = Conv2d
 
 
-class LazyConv3d(_Lazy, torch.nn.LazyConv3d, Conv3d):
+class LazyConv3d(_Lazy, torch.nn.LazyConv3d, Conv3d):  # type: ignore[misc]
     """torch.nn.LazyConv3d that becomes a plainconv.nn.Conv3d at its first input."""
 
     cls_to_become = Conv3d
 
 
-class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):
+class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
     """torch.nn.LazyConvTranspose1d that becomes a plainconv.nn.ConvTranspose1d at its first input."""
 
     cls_to_become = ConvTranspose1d
 
 
-class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):
+class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]
     """torch.nn.LazyConvTranspose2d that becomes a plainconv.nn.ConvTranspose2d at its first input."""
 
     cls_to_become = ConvTranspose2d
 
 
-class LazyConvTranspose3d(_Lazy, torch.nn.LazyConvTranspose3d, ConvTranspose3d):
+class LazyConvTranspose3d(_Lazy, torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
     """torch.nn.LazyConvTranspose3d that becomes a plainconv.nn.ConvTranspose3d at its first input."""
 
     cls_to_become = ConvTranspose3d

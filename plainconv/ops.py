@@ -72,10 +72,10 @@ def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
     """
     if torch.compiler.is_compiling():
         operator = _OPERATORS[make.direction]
-        return operator(first, second, bias, *make.operands())  # type: ignore[no-any-return]
+        return operator(first, second, bias, *make.operands())
     if _is_plain(first, second, bias):
         return _compute(first, second, bias, make)
-    return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call, no-any-return]
+    return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call]
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -108,7 +108,7 @@ def _is_plain(first: Tensor, second: Tensor, bias: Tensor | None) -> bool:
         return False
     return not (
         forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled(first.device.type)
@@ -195,7 +195,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPERATORS[make.direction](first, second, bias, *make.operands())  # type: ignore[no-any-return]
+            return _OPERATORS[make.direction](first, second, bias, *make.operands())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Make], output: Tensor) -> None:
@@ -214,7 +214,8 @@ class _Convolution(torch.autograd.Function):
                 other = {r: tensor.conj() for r, tensor in given.items() if r != role}
                 other[ctx.make.direction.makes] = cotangent
                 make = ctx.make.derivative(role, like)
-                gradients[i] = convolve(*(other[r] for r in make.direction.given), None, make)  # type: ignore[misc, call-arg]
+                a, b = (other[r] for r in make.direction.given)
+                gradients[i] = convolve(a, b, None, make)
         needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
         bias = cotangent.sum([0, *range(2, cotangent.dim())]) if needs_bias else None
         return gradients[0], gradients[1], bias, None
@@ -258,13 +259,13 @@ def _vmap(
         whole = [r for r in given if r not in mapped]
         letter = next(letter for letter in "nocg" if all(letter not in _LETTERS[r] for r in whole)) if whole else "g"
         groups, made = make.geometry.groups, make.direction.makes
-        tensors = [
+        a, b = (
             _fold(tensor.movedim(mapped[r], 0), r, letter, groups) if r in mapped else tensor
             for r, tensor in given.items()
-        ]
+        )
         shape = tuple(s * size if dim == _LETTERS[made][letter] else s for dim, s in enumerate(make.shape))
         geometry = make.geometry._replace(groups=groups * size) if letter == "g" else make.geometry
-        folded = convolve(*tensors, None, make._replace(shape=shape, geometry=geometry))  # type: ignore[call-arg]
+        folded = convolve(a, b, None, make._replace(shape=shape, geometry=geometry))
         result = _unfold(folded, made, letter, groups, size)
     else:
         result = convolve(first, second, None, make).unsqueeze(0)
@@ -314,7 +315,7 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
         return _empty(first, make)
 
     def autograd(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
-        return _Convolution.apply(first, second, bias, Make.of(direction, *operands))  # type: ignore[no-untyped-call, no-any-return]
+        return _Convolution.apply(first, second, bias, Make.of(direction, *operands))  # type: ignore[no-untyped-call]
 
     def vmap(info: Any, in_dims: Any, first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Any:
         return _vmap(info.batch_size, in_dims, first, second, bias, Make.of(direction, *operands))
@@ -324,7 +325,8 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"plainconv::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"plainconv::{name}", vmap, lib=_LIBRARY)
-    return getattr(torch.ops.plainconv, name).default  # type: ignore[no-any-return]
+    operator: Callable[..., Tensor] = getattr(torch.ops.plainconv, name).default
+    return operator
 
 
 _OPERATORS = {direction: _define(direction) for direction in Direction}

@@ -132,8 +132,8 @@ def _verdict(algorithm: Algorithm, request: Request) -> Verdict:
 def _warn_if_slow(verdict: Verdict) -> None:
     if verdict.algorithm is ALGORITHMS[-1] and verdict.cost and verdict.cost.multiplies > SLOW_REFERENCE:
         warnings.warn(
-            f"no fast algorithm serves this call, and the reference has {verdict.cost.multiplies:.1e} multiplies to do; "
-            "plainconv.explain(...) says why",
+            "no fast algorithm serves this call, and the reference has "
+            f"{verdict.cost.multiplies:.1e} multiplies to do; plainconv.explain(...) says why",
             stacklevel=2,
         )
 

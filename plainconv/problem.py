@@ -41,7 +41,7 @@ class Direction(Enum):
 
     @property
     def given(self) -> tuple[str, str]:
-        return {"forward": ("x", "w"), "grad_input": ("y", "w"), "grad_weight": ("x", "y")}[self.value]  # type: ignore[return-value]
+        return {"forward": ("x", "w"), "grad_input": ("y", "w"), "grad_weight": ("x", "y")}[self.value]
 
     @staticmethod
     def making(role: str) -> Direction:
@@ -99,7 +99,8 @@ class ConvProblem:
             raise ValueError(f"padding_mode must be one of {PADDING_MODES}, but got padding_mode={self.padding_mode!r}")
         if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
             raise RuntimeError(
-                f"in_channels={self.in_channels} and out_channels={self.out_channels} must be divisible by groups={self.groups}"
+                f"in_channels={self.in_channels} and out_channels={self.out_channels} "
+                f"must be divisible by groups={self.groups}"
             )
         self._check_extents()
         self._check_borders()

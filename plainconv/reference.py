@@ -17,7 +17,7 @@ from itertools import product
 
 from torch import Tensor
 
-from plainconv.border import Run, gather, runs, scatter_add
+from plainconv.border import Run, gather, inner, runs, scatter_add
 from plainconv.problem import ConvProblem
 
 
@@ -27,7 +27,7 @@ def forward(problem: ConvProblem, x: Tensor, w: Tensor) -> Tensor:
     y = x.new_zeros(problem.batch, problem.groups, problem.group_out, *problem.out)
     for tap, window in _taps(problem, padded):
         for c in range(problem.group_in):
-            y += window[:, :, c, None] * _per_channel(w[(..., c, *tap)], problem.dims)
+            y += window[:, :, c, None] * _per_channel(w[inner((c, *tap))], problem.dims)
     return y.flatten(1, 2)
 
 
@@ -37,7 +37,7 @@ def grad_input(problem: ConvProblem, y: Tensor, w: Tensor) -> Tensor:
     padded = y.new_zeros(problem.batch, problem.groups, problem.group_in, *problem.padded)
     for tap, window in _taps(problem, padded):
         for c in range(problem.group_in):
-            window[:, :, c] += (y * _per_channel(w[(..., c, *tap)], problem.dims)).sum(2, dtype=y.dtype)
+            window[:, :, c] += (y * _per_channel(w[inner((c, *tap))], problem.dims)).sum(2, dtype=y.dtype)
     x = y.new_zeros(problem.input_shape)
     scatter_add(padded.flatten(1, 2), _whole(problem), x)
     return x
@@ -50,7 +50,7 @@ def grad_weight(problem: ConvProblem, x: Tensor, y: Tensor) -> Tensor:
     space = [0, *range(3, 3 + problem.dims)]
     for tap, window in _taps(problem, padded):
         for c in range(problem.group_in):
-            w[(..., c, *tap)] = (window[:, :, c, None] * y).sum(space, dtype=y.dtype)
+            w[inner((c, *tap))] = (window[:, :, c, None] * y).sum(space, dtype=y.dtype)
     return w.flatten(0, 1)
 
 
@@ -77,5 +77,5 @@ def _taps(problem: ConvProblem, padded: Tensor) -> Iterator[tuple[tuple[int, ...
     """Every tap, and the view of the padded input [n, g, c, *out] that it multiplies."""
     for tap in product(*map(range, problem.kernel)):
         sides = zip(tap, problem.dilation, problem.stride, problem.out, strict=True)
-        window = tuple(slice(k * d, k * d + (out - 1) * s + 1, s) for k, d, s, out in sides)
-        yield tap, padded[(..., *window)]
+        window = [slice(k * d, k * d + (out - 1) * s + 1, s) for k, d, s, out in sides]
+        yield tap, padded[inner(window)]

@@ -101,6 +101,7 @@ class Buffer(NamedTuple):
 
 
 def workspace_bytes(buffers: Sequence[Buffer]) -> int:
+    """How much workspace `carve` needs for these buffers."""
     return sum(buffer.bytes for buffer in buffers)
 
 
@@ -126,6 +127,7 @@ class Machine(NamedTuple):
 
 
 def machine(request: Request) -> Machine:
+    """Typical speeds of the kind of device that the request names."""
     if request.device == "cuda":
         return Machine(10e12, 1.5e12, 8e-6)
     return Machine(35e9 * max(request.threads, 1), 10e9, 4e-6)
@@ -142,6 +144,7 @@ def product_seconds(request: Request, multiplies: float, m: int, k: int) -> floa
 
 
 def no_integers_on_cuda(request: Request) -> str | None:
+    """A why_not for algorithms made of matrix products."""
     if request.device == "cuda" and request.dtype in INTEGERS:
         return (
             f"torch has no matrix product of {request.dtype} on CUDA; use algorithm='reference', "

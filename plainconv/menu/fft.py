@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.border import gather, runs, scatter_add
+from plainconv.border import gather, inner, runs, scatter_add
 from plainconv.menu.base import (
     INTEGERS,
     Algorithm,
@@ -151,7 +151,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     x_tiles, y_tiles, w_tile, x_spectra, y_spectra, w_spectrum, *sums = carve(workspace, tiles.buffers)
     role = {direction.given[0]: tensors[0], direction.given[1]: tensors[1], direction.makes: out}
     x, w, y, bias = role["x"], role["w"], role["y"], tensors[2]
-    taps = (..., *(slice(0, (k - 1) * d + 1, d) for k, d in zip(problem.kernel, problem.dilation, strict=True)))
+    taps = inner(slice(0, (k - 1) * d + 1, d) for k, d in zip(problem.kernel, problem.dilation, strict=True))
     mirrored = direction is Direction.FORWARD
 
     if direction is Direction.GRAD_WEIGHT:
@@ -174,7 +174,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
         for corner in product(*(range(0, o, t) for o, t in zip(problem.out, tiles.outputs, strict=True))):
             kept = [min(t, o - at) for t, o, at in zip(tiles.outputs, problem.out, corner, strict=True)]
             places = (some, slice(None), *(slice(at, at + count) for at, count in zip(corner, kept, strict=True)))
-            first = (..., *(slice(0, (count - 1) * s + 1, s) for count, s in zip(kept, problem.stride, strict=True)))
+            first = inner(slice(0, (count - 1) * s + 1, s) for count, s in zip(kept, problem.stride, strict=True))
             sides = zip(problem.spatial, problem.padding, corner, problem.stride, tiles.transform, strict=True)
             shown = [runs(size, pair, problem.padding_mode, at * s, f) for size, pair, at, s, f in sides]
 
@@ -208,10 +208,10 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 def _add_products(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into [g, i, j, *f] += sum over k of a [g, i, k, *f] * b [g, k, j, *f]; each may be a view."""
-    g, i, k = a.shape[:3]
+    i, k = a.shape[1:3]
     if k >= MATRIX_TERMS and i * b.shape[2] >= MATRIX_TERMS:
-        product_ = a.flatten(3).permute(3, 0, 1, 2) @ b.flatten(3).permute(3, 0, 1, 2)  # [f, g, i, j]
-        into += product_.permute(1, 2, 3, 0).view(into.shape)
+        per_frequency = a.flatten(3).permute(3, 0, 1, 2) @ b.flatten(3).permute(3, 0, 1, 2)  # [f, g, i, j]
+        into += per_frequency.permute(1, 2, 3, 0).view(into.shape)
     else:
         for term in range(k):
             into.addcmul_(a[:, :, term, None], b[:, None, term])

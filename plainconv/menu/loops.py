@@ -54,7 +54,7 @@ def _shown(size: int, padding: tuple[int, int], mode: str, padded: int) -> list[
     """Which element of the input every place of the padded row shows, -1 for zero."""
     row = []
     for run in runs(size, padding, mode, 0, padded):
-        row += [run.source + run.step * i if run.source >= 0 else -1 for i in range(run.count)]
+        row += [run.source + run.step * i if run.source >= 0 else -1 for i in range(run.length)]
     return row
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from plainconv.border import Run, gather, runs, scatter_add
+from plainconv.border import Run, gather, inner, runs, scatter_add
 from plainconv.menu.base import Buffer, Tensors, carve, compute_dtype, workspace_bytes
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -58,6 +58,7 @@ def pitch(problem: ConvProblem, strips: Strips, rows: int) -> tuple[int, ...]:
 
 
 def layout(request: Request, strips: Strips) -> Layout:
+    """Cut the request into slabs that fit the cache, and list the scratch memory of one."""
     problem, dtype = request.problem, compute_dtype(request.dtype)
     count = len(strips.offsets)
     channels = count * problem.in_channels + problem.out_channels
@@ -85,11 +86,12 @@ def layout(request: Request, strips: Strips) -> Layout:
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor, strips: Strips, multiply: Multiply) -> None:
+    """Walk over the slabs of a request: load, multiply, store."""
     problem, direction = request.problem, request.direction
     plan = layout(request, strips)
     x_flat, y_flat, w_taps, *sums = carve(workspace, plan.buffers)
     x, w, y, bias = _by_role(direction, tensors, out)
-    w_seen = w.view(problem.groups, problem.group_out, problem.group_in, problem.taps).permute(0, 3, 1, 2)
+    w_seen = w.reshape(problem.groups, problem.group_out, problem.group_in, problem.taps).permute(0, 3, 1, 2)
     if direction is Direction.GRAD_WEIGHT:
         w_taps.zero_()
     else:
@@ -157,7 +159,7 @@ def _channels_first(tensor: Tensor, groups: int) -> Tensor:
 
 def _crop(y: Tensor, rows: slice, problem: ConvProblem) -> Tensor:
     lengths = (rows.stop - rows.start, *problem.out[1:])
-    return y[(..., *(slice(0, length) for length in lengths))]
+    return y[inner(slice(0, length) for length in lengths)]
 
 
 def _places(
