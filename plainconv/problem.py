@@ -196,8 +196,12 @@ class ConvProblem:
             return self.group_in * self.taps
         if direction is Direction.GRAD_WEIGHT:
             return self.batch * math.prod(self.out)
-        # Borders fold several padded places onto one element, at most the padded over the plain area.
-        folds = 1 if self.padding_mode == "zeros" else 3**self.dims
+        # A border folds padded places onto one element: each side once, but replicate all of a side onto its edge.
+        folds = 1
+        if self.padding_mode != "zeros":
+            for lo, hi in self.padding:
+                places = 1 + max(lo, 0) + max(hi, 0)
+                folds *= places if self.padding_mode == "replicate" else min(places, 3)
         return self.group_out * self.taps * folds
 
     @staticmethod
@@ -246,6 +250,8 @@ class ConvProblem:
                 return values * len(spatial) if len(values) == 1 else values
 
             pairs = [[int(v) for v in side.split(":")] for side in each("p", "0")]
+            if any(len(pair) > 2 for pair in pairs):
+                raise ValueError(f"p{fields['p']} is more than a pair lo:hi for a dimension")
             return ConvProblem(
                 int(fields["n"]),
                 int(fields["c"]),

@@ -1,0 +1,13 @@
+"""Settings for every test: hypothesis repeats the same examples in every run, and times nothing."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("plainconv", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.load_profile("plainconv")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
