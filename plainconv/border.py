@@ -106,7 +106,9 @@ def gather(source: Tensor, axes: Sequence[Sequence[Run]], out: Tensor) -> None:
         out.zero_()
     for piece in _shown(axes):
         window, flips, _ = _window(source, piece)
-        out[_part(piece)].copy_(window.flip(flips) if flips else window)  # a repeated element broadcasts
+        if flips:
+            window = window.to(out.dtype).flip(flips)  # first the type: complex32 cannot be flipped on a CPU
+        out[_part(piece)].copy_(window)  # a repeated element broadcasts
 
 
 def scatter_add(strip: Tensor, axes: Sequence[Sequence[Run]], into: Tensor) -> None:

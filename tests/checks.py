@@ -211,7 +211,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Equal values of one type; NaN equals NaN."""
     if a.dtype is torch.complex32:
         a, b = a.to(torch.complex64), b.to(torch.complex64)
-    return a.dtype == b.dtype and torch.equal(a, b) or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+    return (a.dtype == b.dtype and torch.equal(a, b)) or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def check(

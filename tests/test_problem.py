@@ -193,7 +193,7 @@ def test_lengths_must_agree():
 
 
 def test_an_unknown_padding_mode_is_a_value_error():
-    with pytest.raises(ValueError, match="padding_mode must be one of .*'mirror'"):
+    with pytest.raises(ValueError, match=r"padding_mode must be one of .*'mirror'"):
         ConvProblem(1, 1, 1, (5,), (3,), (1,), ((0, 0),), (1,), 1, "mirror")
 
 
