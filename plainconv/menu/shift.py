@@ -90,8 +90,8 @@ def _cost(request: Request) -> Cost:
     moved = 3 * slabs * columns * (len(phases.offsets) * problem.in_channels + problem.out_channels) * size
     seconds = (
         slabs * (problem.taps + 4 * len(phases.offsets) + 6) * machine(request).call
-        + product_seconds(request, multiplies, problem.group_out, problem.group_in)
-        + (moved + per_tap * problem.taps / 4) / machine(request).bytes  # a slab stays in the cache
+        + product_seconds(request, multiplies, problem.group_out, problem.group_in) * (1.5 if problem.groups > 1 else 1)
+        + (moved + per_tap * problem.taps / 8) / machine(request).bytes  # a slab stays in the cache
     )
     return Cost(multiplies, moved, plan.workspace, seconds)
 

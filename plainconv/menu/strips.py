@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ def pitch(problem: ConvProblem, strips: Strips, rows: int) -> tuple[int, ...]:
     return tuple(length + reach for length, reach in zip(lengths, strips.reach, strict=True))
 
 
+@lru_cache(4096)
 def layout(request: Request, strips: Strips) -> Layout:
     """Cut the request into slabs that fit the cache, and list the scratch memory of one."""
     problem, dtype = request.problem, compute_dtype(request.dtype)
@@ -69,7 +71,7 @@ def layout(request: Request, strips: Strips) -> Layout:
 
     out_rows = problem.out[0]
     if slab_bytes(out_rows) <= target:
-        images, rows = min(problem.batch, max(1, target // slab_bytes(out_rows))), out_rows
+        images, rows = max(1, min(problem.batch, target // max(1, slab_bytes(out_rows)))), out_rows
     else:
         a_row = max(1, slab_bytes(2) - slab_bytes(1))
         enough = max(-(-LEAST_COLUMNS // math.prod(problem.out[1:])), 4 * strips.reach[0], 1)
