@@ -71,7 +71,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
                 while chunk := answer.read(CHUNK_BYTES):
                     checksum.update(chunk)
                     file.write(chunk)
-        except (urllib.error.URLError, TimeoutError, http.client.HTTPException) as error:
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             raise InputError(f"{path} is not there and cannot be downloaded from {url}: {error}") from error
         if checksum.hexdigest() != md5:
             raise InputError(f"{url}: its checksum is {checksum.hexdigest()}, not {md5}; nothing was kept")

@@ -59,6 +59,12 @@ def test_files_that_are_there_are_read(tmp_path, offline, packed, place):
     assert found.x[0, 0, 0, 0].item() == pytest.approx(-0.1307 / 0.3081)
 
 
+def test_the_folder_of_its_name_comes_first(tmp_path, offline):
+    put(tmp_path, {**CONTENT, FILES[3]: torch.tensor([7, 8])})
+    put(tmp_path / "mnist")
+    assert load("mnist", tmp_path).test_y.tolist() == [5, 6]
+
+
 def test_each_dataset_has_its_own_numbers_and_folder(tmp_path, offline):
     put(tmp_path / "mnist")
     put(tmp_path / "fashion-mnist", {**CONTENT, FILES[3]: torch.tensor([7, 8])})

@@ -93,13 +93,11 @@ def test_no_such_page_and_no_server(server, tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_an_answer_that_breaks_off_keeps_nothing(tmp_path):
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\na beginning", b"nonsense\r\n"])
+def test_an_answer_that_breaks_off_keeps_nothing(tmp_path, answer):
     class Short(SimpleHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"a beginning")
+            self.wfile.write(answer)
 
         def log_message(self, *args):
             pass
