@@ -26,7 +26,7 @@ from plainconv.timing import Timing, in_turn, machine
 from plainconv.train import Data, Point, layers, race
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-CUT = 48  # pixels; the side of the cut-out that `loops` filters
+CUT = 32  # pixels; the side of the cut-out that `loops` filters
 
 
 @dataclass(frozen=True)

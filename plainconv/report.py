@@ -54,13 +54,9 @@ def render(records: Mapping[str, Any], gallery: Mapping[str, Picture], made: Map
     return template.render(
         records=records,
         rows=rows,
-        fastest=min(
-            (row for name, row in rows.items() if row["timing"] and name not in ("torch", "auto")),
-            key=lambda row: row["timing"]["median_s"],
-        ),
         ends={name: points[-1] for name, points in runs.items()},
         gallery={name: picture_uri(picture) for name, picture in gallery.items()},
-        made={name: picture_uri(picture) for name, picture in made.items()},
+        made={name: picture_uri(picture) for name, picture in made.items() if name != "auto"},
         figures={
             "times": png_uri(plots.times(records["filter"]["rows"])),
             "seconds": png_uri(plots.training(runs, "seconds")),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,11 +20,14 @@ ARRAY = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with one picture in it."""
+def _folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with one picture in it, and with one thread."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(ARRAY).save("a.png")
-    return tmp_path
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(*words):

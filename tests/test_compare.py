@@ -8,6 +8,7 @@ from plainconv import compare
 from plainconv.compare import CUT, compare_filters, cut_out, spread
 from plainconv.picture import KERNELS, Picture, named_or_typed
 from plainconv.plan import AlgorithmRefused, algorithms
+from plainconv.timing import Timing
 
 PIXELS = torch.randint(0, 256, (3, 60, 70), generator=torch.Generator().manual_seed(0)).float()
 
@@ -36,6 +37,17 @@ def test_rows(kernel):
     scales = {row.name: row.scale for row in rows}
     assert scales.pop("loops") == pytest.approx(58 * 68 / (CUT - 2) ** 2)
     assert set(scales.values()) == {1.0}
+
+
+def test_the_better_layout_counts_and_the_time_of_a_cut_out_is_scaled(monkeypatch):
+    def in_turn(calls, seconds):
+        return {name: Timing(*[2.0 if "last" in name else 3.0] * 3, calls=1) for name in calls}
+
+    monkeypatch.setattr(compare, "in_turn", in_turn)
+    rows = {row.name: row for row in compare_filters(Picture(PIXELS), named_or_typed("edge"))[0]}
+    assert rows["shift"].layout == rows["loops"].layout == "channels_last"
+    assert rows["shift"].timing.median_s == 2
+    assert rows["loops"].timing.median_s == pytest.approx(2 * rows["loops"].scale)
 
 
 def test_an_error_is_seen(monkeypatch):
