@@ -84,20 +84,19 @@ def measure(runs: int) -> list[Record]:
         torch.manual_seed(0)
         x, w, g = torch.randn(n, c, height, width), torch.randn(o, c, 3, 3), torch.randn(n, o, height - 2, width - 2)
         torch.testing.assert_close(shift(x, w), seed(x, w), rtol=1e-4, atol=1e-4)
-        sides = [directions(seed, x, w, g), directions(shift, x, w, g)]
-        for direction in sides[0]:
+        both = [directions(seed, x, w, g), directions(shift, x, w, g)]
+        for direction in both[0]:
             spent: list[list[float]] = [[], []]
             for run in range(runs + 1):  # the first one warms up
-                for side, times in zip(sides, spent, strict=True):
+                for side, times in zip(both, spent, strict=True):
                     start = perf_counter()
                     side[direction]()
                     if run:
                         times.append(perf_counter() - start)
             ours, theirs = statistics.median(spent[1]), statistics.median(spent[0])
             records.append(Record(layer, direction, theirs, ours, theirs / ours))
-            print(
-                f"{layer:<18} {direction:<12} seed {theirs * 1e3:8.2f} ms   shift {ours * 1e3:8.2f} ms   {theirs / ours:6.2f}x"
-            )
+            sides_ms = f"seed {theirs * 1e3:8.2f} ms   shift {ours * 1e3:8.2f} ms"
+            print(f"{layer:<18} {direction:<12} {sides_ms}   {theirs / ours:6.2f}x", flush=True)
     return records
 
 
