@@ -166,15 +166,19 @@ def tolerance(algorithm: Algorithm, asked: Request, first: Tensor, second: Tenso
     """How far each element of a result may lie from the exact one; the only tolerance there is.
 
     algorithm.error(request) * eps(type of the sums) * sum of |products|, and, where the result has a narrower type
-    than the sums, half its eps times that sum for the one rounding at the end.  An algorithm that rounds everywhere
-    (fft) is held to the largest such sum instead of each one's own: that is what its page says.
+    than the sums, half its eps times that sum for the one rounding at the end (half the smallest number, if that is
+    more).  An algorithm that rounds everywhere (fft) is held to the largest such sum instead of each one's own, or to
+    the largest product there is, if no sum contains it: that is what its page says.
     """
     sums = exact(asked, first.abs(), second.abs(), None if bias is None else bias.abs())
     if algorithm.name in ROUNDING and sums.numel():
-        sums = sums.amax().expand_as(sums)
+        sums = torch.maximum(sums.amax(), wide(first).abs().amax() * wide(second).abs().amax()).expand_as(sums)
     kept = compute_dtype(asked.dtype)
-    last = torch.finfo(asked.dtype).eps / 2 if kept != asked.dtype else 0.0
-    return (algorithm.error(asked) * torch.finfo(kept).eps + last) * sums
+    bound = algorithm.error(asked) * torch.finfo(kept).eps * sums
+    if kept != asked.dtype:
+        narrow = torch.finfo(asked.dtype)
+        bound = bound + (narrow.eps / 2 * sums).clamp_min(narrow.tiny * narrow.eps / 2)
+    return bound
 
 
 # -- the check -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Settings for every test: hypothesis repeats the same examples in every run, and times nothing."""
+"""Settings for every test: hypothesis repeats the same examples in every run, and times nothing.
+
+One thread: the tensors are tiny, and threads that wait for each other made these tests eight times slower.
+"""
 
 import hypothesis
 import pytest
@@ -6,6 +9,7 @@ import torch
 
 hypothesis.settings.register_profile("plainconv", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("plainconv")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

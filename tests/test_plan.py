@@ -22,7 +22,7 @@ directions = pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda directi
 
 
 @pytest.fixture
-def _forget():
+def forget():
     plans.plan.cache_clear()
     yield
     plans.plan.cache_clear()
@@ -93,7 +93,7 @@ def test_a_type_that_plainconv_does_not_know_is_named_beside_those_it_knows(dtyp
         plan(request(SMALL, Direction.FORWARD, dtype))
 
 
-def test_an_algorithm_that_raises_is_a_bug_that_is_seen(monkeypatch, _forget):
+def test_an_algorithm_that_raises_is_a_bug_that_is_seen(monkeypatch, forget):
     def broken(asked):
         raise ZeroDivisionError("a bug")
 
@@ -152,7 +152,7 @@ def test_choices_do_not_depend_on_values():
     assert len(said) == 1
 
 
-def test_a_plan_is_made_once(monkeypatch, _forget):
+def test_a_plan_is_made_once(monkeypatch, forget):
     calls = []
     real = plans.ask
     monkeypatch.setattr(plans, "ask", lambda asked: calls.append(asked) or real(asked))
@@ -179,7 +179,7 @@ def only_the_reference(problem):
     return request(problem, Direction.FORWARD, torch.int32, device="cuda")
 
 
-def test_the_reference_warns_once_when_it_has_much_to_do(_forget):
+def test_the_reference_warns_once_when_it_has_much_to_do(forget):
     much = only_the_reference(ConvProblem.parse("n64 c16 o16 x64x64 k3x3 p1"))
     assert much.problem.multiplies > 1e8
     with pytest.warns(UserWarning, match=r"reference has 6\.0e\+08 multiplies.*plainconv\.explain"):
@@ -189,7 +189,7 @@ def test_the_reference_warns_once_when_it_has_much_to_do(_forget):
         plan(much)
 
 
-def test_no_warning_for_little_work_or_when_it_was_asked_for(_forget):
+def test_no_warning_for_little_work_or_when_it_was_asked_for(forget):
     little = only_the_reference(ConvProblem.parse("n1 c8 o8 x32x32 k3x3 p1"))
     much = only_the_reference(ConvProblem.parse("n64 c16 o16 x64x64 k3x3 p1"))
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Every algorithm on the menu, in every direction, held to the definition; see checks.py for the rules."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -30,13 +31,13 @@ from plainconv.problem import ConvProblem, Direction
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture
+def threads():
+    """As many threads as there are cores, or two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(os.cpu_count() or 1, 2))
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=BY_NAME)
@@ -317,6 +318,7 @@ def test_half_types_are_rounded_once_however_the_work_is_cut(algorithm, dtype, t
 @algorithms
 @directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.usefixtures("threads")
 def test_the_same_call_gives_the_same_bits(algorithm, direction, dtype):
     text = FOR_EVERY_DTYPE[1] if algorithm.name == "loops" else LARGE[1]
     asked = asked_for(algorithm, text, direction, dtype)
