@@ -1,0 +1,274 @@
+"""A small language for vector kernels: Python in, the text of an LLVM module out.
+
+A kernel is written as Python functions that are run once, while it is built: `for` and `if` in Python unroll and
+choose, `Emit.loop` and `Emit.when` become loops and branches of the machine code.  A value is an SSA name and its type;
+Python's operators on values emit integer arithmetic.  Nothing here knows llvmlite, and the text alone is the identity
+of a kernel: what does not change the text is not compiled twice.
+
+    e = Emit(lanes=16)                                  # <16 x float>, one AVX-512 register
+    x, y, n = e.arguments("ptr", "ptr", "i64")          # args[0], args[1], args[2]
+    def step(i, _):
+        at = e.begin + i
+        e.store(e.fma(e.load(x, at * 16), two, e.zero), y, at * 16)
+        return []
+    e.loop(e.end - e.begin, [], step)
+    text = e.module()                                   # define void @kernel(ptr %args, i64 %begin, i64 %end)
+
+Offsets are 64-bit and count elements.  Tails are masks: `e.tail(left)` has its first `left` lanes set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+SCALARS = {"float": 4, "double": 8, "half": 2, "bfloat": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1}
+SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """An SSA name (or a constant) with its LLVM type; operators work on i64."""
+
+    emit: Emit = field(repr=False, compare=False)
+    text: str
+    type: str
+
+    def __add__(self, other: Value | int) -> Value:
+        return self.emit.integer("add", self, other)
+
+    def __sub__(self, other: Value | int) -> Value:
+        return self.emit.integer("sub", self, other)
+
+    def __mul__(self, other: Value | int) -> Value:
+        return self.emit.integer("mul", self, other)
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        """Of numbers that are not negative."""
+        return self.emit.integer("udiv", self, other)
+
+    def __mod__(self, other: Value | int) -> Value:
+        """Of numbers that are not negative."""
+        return self.emit.integer("urem", self, other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __lt__(self, other: Value | int) -> Value:
+        return self.emit.compare("slt", self, other)
+
+    def __ge__(self, other: Value | int) -> Value:
+        return self.emit.compare("sge", self, other)
+
+
+class Emit:
+    """Builds one kernel: void kernel(ptr args, i64 begin, i64 end), args an array of 64-bit pointers and integers.
+
+    lanes: elements of a vector.  element: LLVM type of the accumulators, "float" or "double".
+    """
+
+    def __init__(self, lanes: int, element: str = "float") -> None:
+        self.lanes, self.element = lanes, element
+        self.vector = f"<{lanes} x {element}>"
+        self._lines: list[str] = ["entry:"]
+        self._declared: dict[str, str] = {}
+        self._names = 0
+        self._block = "entry"
+        self.begin, self.end = Value(self, "%begin", "i64"), Value(self, "%end", "i64")
+        self.zero = Value(self, "zeroinitializer", self.vector)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def module(self) -> str:
+        """The finished text."""
+        declared = [f"declare {text}" for text in sorted(self._declared.values())]
+        head = "define void @kernel(ptr %args, i64 %begin, i64 %end) nounwind {"
+        return "\n".join([*declared, head, *self._lines, "  ret void", "}", ""])
+
+    def _name(self) -> str:
+        self._names += 1
+        return f"%v{self._names}"
+
+    def _emit(self, instruction: str, type_: str) -> Value:
+        name = self._name()
+        self._lines.append(f"  {name} = {instruction}")
+        return Value(self, name, type_)
+
+    def _label(self, label: str) -> None:
+        self._lines.append(f"{label}:")
+        self._block = label
+
+    def _call(self, function: str, type_: str, *arguments: Value) -> Value:
+        given = ", ".join(f"{argument.type} {argument.text}" for argument in arguments)
+        types = ", ".join(argument.type for argument in arguments)
+        self._declared[function] = f"{type_} @{function}({types})"
+        if type_ == "void":
+            self._lines.append(f"  call void @{function}({given})")
+            return Value(self, "", "void")
+        return self._emit(f"call {type_} @{function}({given})", type_)
+
+    # -- integers ----------------------------------------------------------------------------------------------------
+
+    def arguments(self, *types: str) -> list[Value]:
+        """args[0], args[1], ... as values of these types, "ptr" or "i64"."""
+        values = []
+        for place, type_ in enumerate(types):
+            address = self._emit(f"getelementptr i64, ptr %args, i64 {place}", "ptr")
+            values.append(self._emit(f"load {type_}, ptr {address.text}, !invariant.load !{{}}", type_))
+        return values
+
+    def number(self, value: Value | int) -> Value:
+        """An i64, constant or not."""
+        return value if isinstance(value, Value) else Value(self, str(value), "i64")
+
+    def integer(self, operation: str, a: Value | int, b: Value | int) -> Value:
+        """add, sub, mul, udiv or urem of two i64, folded where both are constants or one changes nothing."""
+        a, b = self.number(a), self.number(b)
+        known = a.text.lstrip("-").isdigit(), b.text.lstrip("-").isdigit()
+        if all(known):
+            x, y = int(a.text), int(b.text)
+            folded = {"add": x + y, "sub": x - y, "mul": x * y}
+            return self.number(folded[operation] if operation in folded else (x // y if operation == "udiv" else x % y))
+        if (operation in ("add", "sub") and b.text == "0") or (operation in ("mul", "udiv") and b.text == "1"):
+            return a
+        if (operation == "add" and a.text == "0") or (operation == "mul" and a.text == "1"):
+            return b
+        flags = " nsw" if operation in ("add", "sub", "mul") else ""
+        return self._emit(f"{operation}{flags} i64 {a.text}, {b.text}", "i64")
+
+    def compare(self, relation: str, a: Value | int, b: Value | int) -> Value:
+        """slt, sge, eq ... of two i64, an i1."""
+        a, b = self.number(a), self.number(b)
+        return self._emit(f"icmp {relation} i64 {a.text}, {b.text}", "i1")
+
+    def least(self, a: Value | int, b: Value | int) -> Value:
+        """The smaller of two i64."""
+        return self._call("llvm.smin.i64", "i64", self.number(a), self.number(b))
+
+    def most(self, a: Value | int, b: Value | int) -> Value:
+        """The larger of two i64."""
+        return self._call("llvm.smax.i64", "i64", self.number(a), self.number(b))
+
+    def select(self, condition: Value, a: Value, b: Value) -> Value:
+        """a if the condition holds, else b."""
+        return self._emit(f"select i1 {condition.text}, {a.type} {a.text}, {b.type} {b.text}", a.type)
+
+    # -- control -----------------------------------------------------------------------------------------------------
+
+    def loop(
+        self, count: Value | int, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
+    ) -> list[Value]:
+        """for i in range(count): carried = body(i, carried); the last carried values.
+
+        The carried values stay in registers.  A count that is not constant may be zero.
+        """
+        count = self.number(count)
+        constant = count.text.lstrip("-").isdigit()
+        if constant and int(count.text) <= 0:
+            return list(carried)
+        if constant and int(count.text) == 1:
+            return list(body(self.number(0), list(carried)))
+        self._names += 1
+        head, after = f"loop{self._names}", f"after{self._names}"
+        before = self._block
+        if constant:
+            self._lines.append(f"  br label %{head}")
+        else:
+            some = self.compare("sgt", count, 0)
+            self._lines.append(f"  br i1 {some.text}, label %{head}, label %{after}")
+        self._label(head)
+        i = Value(self, self._name(), "i64")
+        inside = [Value(self, self._name(), value.type) for value in carried]
+        place = len(self._lines)
+        out = list(body(i, inside))
+        following = self._emit(f"add nsw i64 {i.text}, 1", "i64")
+        phis = [f"  {i.text} = phi i64 [ 0, %{before} ], [ {following.text}, %{self._block} ]"]
+        phis += [
+            f"  {value.text} = phi {value.type} [ {start.text}, %{before} ], [ {next_.text}, %{self._block} ]"
+            for value, start, next_ in zip(inside, carried, out, strict=True)
+        ]
+        self._lines[place:place] = phis
+        last = self._block
+        again = self.compare("slt", following, count)
+        self._lines.append(f"  br i1 {again.text}, label %{head}, label %{after}")
+        self._label(after)
+        if constant:
+            return out
+        joined = []
+        for start, next_ in zip(carried, out, strict=True):
+            phi = f"phi {start.type} [ {start.text}, %{before} ], [ {next_.text}, %{last} ]"
+            joined.append(self._emit(phi, start.type))
+        return joined
+
+    def when(self, condition: Value, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+        """Run body's code if the condition holds, else otherwise's."""
+        self._names += 1
+        then, other, after = f"then{self._names}", f"else{self._names}", f"joined{self._names}"
+        self._lines.append(f"  br i1 {condition.text}, label %{then}, label %{other if otherwise else after}")
+        self._label(then)
+        body()
+        self._lines.append(f"  br label %{after}")
+        if otherwise:
+            self._label(other)
+            otherwise()
+            self._lines.append(f"  br label %{after}")
+        self._label(after)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def at(self, pointer: Value, offset: Value | int, type_: str | None = None) -> Value:
+        """The address `offset` elements of `type_` (the accumulators' by default) behind a pointer."""
+        offset = self.number(offset)
+        if offset.text == "0":
+            return pointer
+        return self._emit(f"getelementptr {type_ or self.element}, ptr {pointer.text}, i64 {offset.text}", "ptr")
+
+    def scalar(self, pointer: Value, offset: Value | int = 0, type_: str | None = None) -> Value:
+        """One element."""
+        type_ = type_ or self.element
+        address = self.at(pointer, offset, type_)
+        return self._emit(f"load {type_}, ptr {address.text}, align {SCALARS[type_]}", type_)
+
+    def load(self, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> Value:
+        """A vector; lanes outside the mask are zero and are not read."""
+        address, align = self.at(pointer, offset), SCALARS[self.element]
+        if mask is None:
+            return self._emit(f"load {self.vector}, ptr {address.text}, align {align}", self.vector)
+        suffix = f"v{self.lanes}{SUFFIX[self.element]}.p0"
+        alignment = Value(self, str(align), "i32")
+        return self._call(f"llvm.masked.load.{suffix}", self.vector, address, alignment, mask, self.zero)
+
+    def store(self, value: Value, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> None:
+        """Write a vector; lanes outside the mask are not touched."""
+        address, align = self.at(pointer, offset), SCALARS[self.element]
+        if mask is None:
+            self._lines.append(f"  store {self.vector} {value.text}, ptr {address.text}, align {align}")
+            return
+        suffix = f"v{self.lanes}{SUFFIX[self.element]}.p0"
+        self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
+
+    def tail(self, left: Value | int) -> Value:
+        """A mask whose first `left` lanes are set (all, if left is larger)."""
+        left = self.least(left, self.lanes)
+        narrow = self._emit(f"trunc i64 {left.text} to i32", "i32")
+        lanes = f"<{self.lanes} x i32>"
+        one = self._emit(f"insertelement {lanes} poison, i32 {narrow.text}, i32 0", lanes)
+        each = self._emit(f"shufflevector {lanes} {one.text}, {lanes} poison, {lanes} zeroinitializer", lanes)
+        count = ", ".join(f"i32 {lane}" for lane in range(self.lanes))
+        return self._emit(f"icmp slt {lanes} <{count}>, {each.text}", f"<{self.lanes} x i1>")
+
+    # -- vectors -----------------------------------------------------------------------------------------------------
+
+    def broadcast(self, value: Value) -> Value:
+        """A vector of one scalar."""
+        one = self._emit(f"insertelement {self.vector} poison, {self.element} {value.text}, i32 0", self.vector)
+        lanes = f"<{self.lanes} x i32> zeroinitializer"
+        return self._emit(f"shufflevector {self.vector} {one.text}, {self.vector} poison, {lanes}", self.vector)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once."""
+        return self._call(f"llvm.fma.v{self.lanes}{SUFFIX[self.element]}", self.vector, a, b, c)
+
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b."""
+        return self._emit(f"fadd {self.vector} {a.text}, {b.text}", self.vector)
