@@ -17,11 +17,11 @@ from plainconv.functional import (
     explain,
 )
 from plainconv.plan import AlgorithmRefused, algorithms
-
-__version__ = "0.1.0"
+from plainconv.version import __version__
 
 __all__ = [
     "AlgorithmRefused",
+    "__version__",
     "algorithms",
     "conv1d",
     "conv2d",

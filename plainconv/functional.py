@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 from plainconv import ops
 from plainconv.arguments import Spec, Spelled, settle
 from plainconv.plan import AUTO, Explanation, check_algorithm, explain_request
-from plainconv.problem import Direction
+from plainconv.problem import Direction, Geometry
 
-_settle_once = lru_cache(4096)(settle)
+
+@lru_cache(4096)
+def _settle_once(call: Spelled, kinds: Any) -> tuple[tuple[int, ...], Geometry]:
+    """`kinds` keeps apart what Python calls equal: 1, 1.0 and True."""
+    return settle(call)
 
 
 def conv1d(
@@ -192,6 +196,7 @@ def explain(
     conv_transpose instead.  direction: "forward", or "grad_input" or "grad_weight" for the call's gradients.
     Computes nothing.  Raises what the call itself would raise, but for AlgorithmRefused.
     """
+    _check_kinds("explain", input, weight, bias)
     name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
     options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
     first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
@@ -223,7 +228,8 @@ def _call(
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
-    if torch.is_autocast_enabled(input.device.type if isinstance(input, Tensor) else "cpu"):
+    _check_kinds(function.__name__, input, weight, bias)
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
         input, weight, bias = ops.autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, options)
     result = ops.convolve(first, weight, bias, make)
@@ -234,7 +240,7 @@ def _settled(
     name: str, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
 ) -> tuple[Tensor, ops.Make, bool]:
     """The input with a batch, what is to be made of it, and whether it came with a batch."""
-    _check_tensors(name, input, weight, bias)
+    _check_types(input, weight, bias)
     rank = input.dim()
     if rank not in (dims + 1, dims + 2):
         raise RuntimeError(
@@ -262,7 +268,7 @@ def _settled(
         shape, geometry = settle(call)
     else:
         try:
-            shape, geometry = _settle_once(call)
+            shape, geometry = _settle_once(call, _kinds(call[5:10]))  # stride to groups
         except TypeError:  # a list or a SymInt, which cannot be remembered; or a TypeError, which is raised again
             shape, geometry = settle(call)
     check_algorithm(algorithm)
@@ -271,17 +277,28 @@ def _settled(
     return input, ops.Make(direction, shape, geometry, channels_last, algorithm), rank == dims + 2
 
 
-def _check_tensors(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _kinds(value: Any) -> Any:
+    """The types of numbers, those in tuples and in pairs too."""
+    return tuple(map(_kinds, value)) if type(value) is tuple else type(value)
+
+
+def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for argument, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (argument == "bias" and value is None):
+        if value is None and argument == "bias":
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}")
-    if input.dtype != weight.dtype or input.device != weight.device or input.layout != weight.layout:
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+            kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)
+            raise NotImplementedError(
+                f"{name}() takes dense tensors, but got a tensor that is {kind} as {argument}; "
+                "convert it first: sparse and mkldnn with to_dense(), nested with to_padded_tensor(), "
+                "quantized with dequantize()"
+            )
+
+
+def _check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.dtype != weight.dtype or input.device != weight.device:
         raise RuntimeError(f"Input type ({input.type()}) and weight type ({weight.type()}) should be the same")
     if bias is not None and (input.dtype != bias.dtype or input.device != bias.device):
         raise RuntimeError(f"Input type ({input.type()}) and bias type ({bias.type()}) should be the same")
-    if input.layout is not torch.strided or input.is_nested or input.is_quantized:
-        raise NotImplementedError(
-            f"{name}() takes dense tensors, but got input of type {input.type()}; "
-            "convert it first: sparse and mkldnn with to_dense(), nested with to_padded_tensor(), "
-            "quantized with dequantize()"
-        )
