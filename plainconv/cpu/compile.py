@@ -142,12 +142,13 @@ def _host() -> Target:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Kernel:
-    """Machine code that can be called: kernel.call(address of args, begin, end), without the GIL.
+    """Machine code that can be called: kernel.call(args, begin, end), without the GIL.
 
-    The code stays in memory as long as the kernel, or its `call`, is referenced.
+    args are bytes that hold the array of i64, or its address. The code stays in memory as long as the kernel, or its
+    `call`, is referenced.
     """
 
-    call: Callable[[int, int, int], None]
+    call: Callable[[bytes | int, int, int], None]
     address: int
     from_disk: bool
 

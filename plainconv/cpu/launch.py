@@ -20,8 +20,8 @@ import itertools
 import multiprocessing
 import multiprocessing.context
 import os
+import struct
 import threading
-from array import array
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,18 +32,17 @@ import torch
 
 from plainconv.cpu.compile import Kernel, compile
 
-# args: GOMP_parallel, omp_get_thread_num, omp_get_num_threads, the kernel, its args, its tasks; end: threads to ask for
+# args: GOMP_parallel, omp_get_thread_num, omp_get_num_threads, the kernel, its tasks, its args; end: threads to ask for
 _TEAM = """
 define internal void @share(ptr %args) {
   %number.at = getelementptr i64, ptr %args, i64 1
   %size.at = getelementptr i64, ptr %args, i64 2
   %kernel.at = getelementptr i64, ptr %args, i64 3
-  %inner.at = getelementptr i64, ptr %args, i64 4
-  %tasks.at = getelementptr i64, ptr %args, i64 5
+  %tasks.at = getelementptr i64, ptr %args, i64 4
+  %inner = getelementptr i64, ptr %args, i64 5
   %number.fn = load ptr, ptr %number.at
   %size.fn = load ptr, ptr %size.at
   %kernel = load ptr, ptr %kernel.at
-  %inner = load ptr, ptr %inner.at
   %tasks = load i64, ptr %tasks.at
   %number.32 = call i32 %number.fn()
   %size.32 = call i32 %size.fn()
@@ -72,20 +71,23 @@ def launch(kernel: Kernel, args: Sequence[int], tasks: int, threads: int) -> Non
 
     The caller says how many (torch.get_num_threads(), as a rule), and keeps alive what the pointers in `args` point to.
     """
-    if tasks <= 0:
-        return
-    packed = array("q", args)
-    address, _ = packed.buffer_info()
-    if threads <= 1 or tasks == 1:
-        kernel.call(address, 0, tasks)
+    if threads <= 1 or tasks <= 1:
+        if tasks > 0:
+            kernel.call(_packer(len(args)).pack(*args), 0, tasks)
         return
     threads = min(threads, tasks)
     team = None if _forked else _team()
     if team is None:
-        _helpers.run(kernel, address, tasks, threads)
+        _helpers.run(kernel, _packer(len(args)).pack(*args), tasks, threads)
         return
-    call = array("q", (*team.functions, kernel.address, address, tasks))
-    team.kernel.call(call.buffer_info()[0], 0, threads)
+    packed = _packer(5 + len(args)).pack(*team.functions, kernel.address, tasks, *args)
+    team.kernel.call(packed, 0, threads)
+
+
+@functools.cache
+def _packer(count: int) -> struct.Struct:
+    """Makes an array of i64, as kernels want it; the cheapest way from Python."""
+    return struct.Struct(f"{count}q")
 
 
 def pool() -> str:
@@ -132,8 +134,8 @@ def _openmp() -> tuple[int, int, int] | None:
 class _Job:
     """One launch: the shares that nobody has taken yet, and a lock for each helper that came, held while it works."""
 
-    def __init__(self, kernel: Kernel, address: int, tasks: int, threads: int) -> None:
-        self.kernel, self.address = kernel, address
+    def __init__(self, kernel: Kernel, args: bytes, tasks: int, threads: int) -> None:
+        self.kernel, self.args = kernel, args
         bounds = (t * tasks // threads for t in range(threads + 1))
         self.shares = deque(itertools.pairwise(bounds))
         self.working: list[threading.Lock] = []
@@ -150,7 +152,7 @@ class _Job:
                 share = self.shares.popleft()
             except IndexError:
                 return
-            self.kernel.call(self.address, *share)
+            self.kernel.call(self.args, *share)
 
     def wait(self) -> None:
         """Until no helper works. Whoever took a share is in the list; whoever comes later finds none."""
@@ -178,8 +180,8 @@ class _Helpers:
         self._count = 0
         self._lock = threading.Lock()
 
-    def run(self, kernel: Kernel, address: int, tasks: int, threads: int) -> None:
-        job = _Job(kernel, address, tasks, threads)
+    def run(self, kernel: Kernel, args: bytes, tasks: int, threads: int) -> None:
+        job = _Job(kernel, args, tasks, threads)
         self._grow(threads - 1)
         for _ in range(threads - 1):
             self._jobs.put(job)
