@@ -22,8 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-SCALARS = {"float": 4, "double": 8, "half": 2, "bfloat": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1}
-SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16"}
+SCALARS = {"float": 4, "double": 8, "half": 2, "bfloat": 2, "ptr": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1}
+SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "i64": "i64"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,17 @@ class Value:
         """Of numbers that are not negative."""
         return self.emit.integer("urem", self, other)
 
+    def __rsub__(self, other: Value | int) -> Value:
+        return self.emit.integer("sub", other, self)
+
     __radd__ = __add__
     __rmul__ = __mul__
 
     def __lt__(self, other: Value | int) -> Value:
         return self.emit.compare("slt", self, other)
+
+    def __gt__(self, other: Value | int) -> Value:
+        return self.emit.compare("sgt", self, other)
 
     def __ge__(self, other: Value | int) -> Value:
         return self.emit.compare("sge", self, other)
@@ -229,6 +235,17 @@ class Emit:
         address = self.at(pointer, offset, type_)
         return self._emit(f"load {type_}, ptr {address.text}, align {SCALARS[type_]}", type_)
 
+    def put(self, value: Value, pointer: Value, offset: Value | int = 0) -> None:
+        """Write one element, of the value's own type."""
+        address = self.at(pointer, offset, value.type)
+        self._lines.append(f"  store {value.type} {value.text}, ptr {address.text}, align {SCALARS[value.type]}")
+
+    def stack(self, type_: str, count: int) -> Value:
+        """Room for `count` elements on the stack, for as long as the kernel runs."""
+        name = self._name()
+        self._lines.insert(1, f"  {name} = alloca [{count} x {type_}], align 64")
+        return Value(self, name, "ptr")
+
     def load(self, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> Value:
         """A vector; lanes outside the mask are zero and are not read."""
         address, align = self.at(pointer, offset), SCALARS[self.element]
@@ -247,27 +264,90 @@ class Emit:
         suffix = f"v{self.lanes}{SUFFIX[self.element]}.p0"
         self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
 
+    def gather(self, pointer: Value, places: Value, mask: Value | None, type_: str | None = None) -> Value:
+        """Lane i is element places[i]; lanes outside the mask are zero and are not read."""
+        type_ = type_ or self.element
+        pointers, vector = f"<{self.lanes} x ptr>", f"<{self.lanes} x {type_}>"
+        each = self._emit(f"getelementptr {type_}, ptr {pointer.text}, {places.type} {places.text}", pointers)
+        mask = mask or Value(self, "splat (i1 true)", f"<{self.lanes} x i1>")
+        alignment, zero = Value(self, str(SCALARS[type_]), "i32"), Value(self, "zeroinitializer", vector)
+        name = f"llvm.masked.gather.v{self.lanes}{SUFFIX[type_]}.v{self.lanes}p0"
+        return self._call(name, vector, each, alignment, mask, zero)
+
+    # -- lanes -------------------------------------------------------------------------------------------------------
+
     def tail(self, left: Value | int) -> Value:
         """A mask whose first `left` lanes are set (all, if left is larger)."""
-        left = self.least(left, self.lanes)
-        narrow = self._emit(f"trunc i64 {left.text} to i32", "i32")
-        lanes = f"<{self.lanes} x i32>"
-        one = self._emit(f"insertelement {lanes} poison, i32 {narrow.text}, i32 0", lanes)
-        each = self._emit(f"shufflevector {lanes} {one.text}, {lanes} poison, {lanes} zeroinitializer", lanes)
-        count = ", ".join(f"i32 {lane}" for lane in range(self.lanes))
-        return self._emit(f"icmp slt {lanes} <{count}>, {each.text}", f"<{self.lanes} x i1>")
+        return self._mask(self._bits_below(left))
+
+    def within(self, first: Value | int, size: Value | int) -> Value:
+        """A mask of the lanes i with 0 <= first + i < size."""
+        first = self.number(first)
+        below, before = self._bits_below(size - first), self._bits_below(0 - first)
+        outside = self._emit(f"xor i64 {before.text}, -1", "i64")
+        return self._mask(self._emit(f"and i64 {below.text}, {outside.text}", "i64"))
+
+    def _bits_below(self, count: Value | int) -> Value:
+        """An integer whose first `count` bits are set, at most one a lane."""
+        count = self.least(self.most(count, 0), self.lanes)
+        one_more = self._emit(f"shl i64 1, {count.text}", "i64")
+        return self._emit(f"sub i64 {one_more.text}, 1", "i64")
+
+    def _mask(self, bits: Value) -> Value:
+        narrow = self._emit(f"trunc i64 {bits.text} to i{self.lanes}", f"i{self.lanes}")
+        mask = f"<{self.lanes} x i1>"
+        return self._emit(f"bitcast {narrow.type} {narrow.text} to {mask}", mask)
+
+    def places(self, first: Value, step: int) -> Value:
+        """The integers first, first + step, ..., one a lane."""
+        each = self._splat(first)
+        steps = ", ".join(f"i64 {step * lane}" for lane in range(self.lanes))
+        return self._emit(f"add {each.type} {each.text}, <{steps}>", each.type)
+
+    def load_places(self, pointer: Value, offset: Value) -> Value:
+        """A vector of i64, as `places` and `gather` speak of."""
+        address, vector = self.at(pointer, offset, "i64"), f"<{self.lanes} x i64>"
+        return self._emit(f"load {vector}, ptr {address.text}, align 8", vector)
+
+    def compare_lanes(self, relation: str, a: Value, b: Value | int) -> Value:
+        """A mask of the lanes of integers where a has this relation to the scalar b."""
+        other = self._splat(self.number(b))
+        return self._emit(f"icmp {relation} {a.type} {a.text}, {other.text}", f"<{self.lanes} x i1>")
+
+    def every(self, step: int, phase: int, parts: Sequence[Value]) -> Value:
+        """Lanes phase, phase + step, ... of `step` vectors that lie side by side."""
+        if step == 1:
+            return parts[0]
+        wanted = [divmod(phase + step * lane, self.lanes) for lane in range(self.lanes)]
+        result = parts[0]
+        for part in range(1, step):
+            # The lanes that are right so far stay; those of this part come in.  From the first two parts both are new.
+            left = [place if of == 0 else lane for lane, (of, place) in enumerate(wanted)] if part == 1 else None
+            chosen = [
+                self.lanes + place if of == part else (left[lane] if left else lane)
+                for lane, (of, place) in enumerate(wanted)
+            ]
+            numbers = ", ".join(f"i32 {lane}" for lane in chosen)
+            mask = f"<{self.lanes} x i32> <{numbers}>"
+            operands = f"{self.vector} {result.text}, {self.vector} {parts[part].text}"
+            result = self._emit(f"shufflevector {operands}, {mask}", self.vector)
+        return result
+
+    def _splat(self, value: Value) -> Value:
+        vector = f"<{self.lanes} x {value.type}>"
+        one = self._emit(f"insertelement {vector} poison, {value.type} {value.text}, i32 0", vector)
+        lanes = f"<{self.lanes} x i32> zeroinitializer"
+        return self._emit(f"shufflevector {vector} {one.text}, {vector} poison, {lanes}", vector)
 
     # -- vectors -----------------------------------------------------------------------------------------------------
 
     def broadcast(self, value: Value) -> Value:
         """A vector of one scalar."""
-        one = self._emit(f"insertelement {self.vector} poison, {self.element} {value.text}, i32 0", self.vector)
-        lanes = f"<{self.lanes} x i32> zeroinitializer"
-        return self._emit(f"shufflevector {self.vector} {one.text}, {self.vector} poison, {lanes}", self.vector)
+        return self._splat(value)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, rounded once."""
-        return self._call(f"llvm.fma.v{self.lanes}{SUFFIX[self.element]}", self.vector, a, b, c)
+        """a * b + c, rounded once if the processor can."""
+        return self._call(f"llvm.fmuladd.v{self.lanes}{SUFFIX[self.element]}", self.vector, a, b, c)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""

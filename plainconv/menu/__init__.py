@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plainconv.menu import fft, im2col, loops, reference, shift
+from plainconv.menu import depthwise, fft, im2col, loops, narrow, reference, shift
 from plainconv.menu.base import Algorithm
 
 ALGORITHMS: tuple[Algorithm, ...] = (
@@ -10,5 +10,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     shift.ALGORITHM,  # one product over channels for each tap, added into a shifted view
     im2col.ALGORITHM,  # every window a column, one matrix product
     fft.ALGORITHM,  # sliding becomes multiplying, frequency by frequency
+    narrow.ALGORITHM,  # few channels: lanes along the width, machine code
+    depthwise.ALGORITHM,  # one input channel a group: rows share what they load
     reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
 )

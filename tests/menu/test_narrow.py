@@ -1,0 +1,151 @@
+"""narrow and depthwise: nothing outside is touched, for every vector width; no size compiles twice; no spilled sums."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from checks import BY_NAME, CASES, check, compare, given, integers, reals, refuses, request
+from guarded import guarded
+
+from plainconv.cpu import compile as cpu
+from plainconv.cpu import rows
+from plainconv.menu import depthwise, lanes, narrow
+from plainconv.problem import ConvProblem, Direction
+
+BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+both = pytest.mark.parametrize("module", [narrow, depthwise], ids=["narrow", "depthwise"])
+every_width = pytest.mark.parametrize("bits", BITS)
+
+# Where the kernel takes another way: tiles inside and at the edges, tails of rows and outputs, every kind of stride.
+WAYS = {
+    "tiles inside": "n1 c2 o3 x11x150 k3x3 p1",
+    "many outputs": "n1 c2 o9 x5x37 k1x3",
+    "rows that fill tiles": "n1 c3 o3 x18x34 k3x3 g3",
+    "stride 2": "n1 c2 o2 x9x139 k3x5 s2 p2 g2",
+    "stride 3": "n1 c2 o2 x9x139 k3x4 s3 p2 g2",
+    "stride 4": "n1 c3 o2 x9x149 k5x6 s4 p1 d2x1",
+    "stride 6": "n1 c2 o2 x9x239 k3x3 s6 p2 g2",
+    "stride over kernel": "n1 c1 o2 x70x90 k2x2 s9",
+    "reflect": "n1 c2 o2 x6x130 k3x5 p2x4 mreflect g2",
+    "replicate, stride": "n1 c2 o2 x6x130 k3x5 s1x2 p2x40 mreplicate",
+    "circular, stride 5": "n1 c2 o2 x6x130 k3x5 s1x5 p2x9 mcircular",
+    "wide kernel": "n1 c1 o2 x2x300 k1x70 p0x3",
+    "wide kernel, stride and dilation": "n1 c1 o1 x2x300 k1x70 s1x2 d1x3 p0x3",
+    "padding wider than a vector": "n1 c1 o1 x3x5 k3x3 p1x40",
+    "1-D": "n2 c2 o4 x333 k31 p15 g2",
+    "1-D, dilation": "n1 c2 o3 x400 k3 d16 p16",
+    "cropped": "n1 c1 o2 x9x90 k3x3 p-2:1x-3:-4",
+    "3-D, one row of taps": "n1 c3 o3 x6x7x8 k5x1x1 p2x0x0 g3",
+    "3-D": "n1 c2 o4 x4x7x35 k3x3x3 s2x1x1 p1 g2",
+    "pointwise": "n2 c5 o7 x9x13 k1x1",
+}
+ALL = CASES | WAYS
+
+
+def asked_for(module, text, dtype=torch.float32, **more):
+    asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, **more)
+    if refuses(module.ALGORITHM, asked):
+        pytest.skip("refused")
+    return asked
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """A function that pretends the processor has vectors of so many bits."""
+
+    def pretend(bits):
+        target = cpu.Target.host(bits)
+        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+        monkeypatch.setattr(lanes, "prepare", lanes.prepare.__wrapped__)
+        return target
+
+    return pretend
+
+
+@both
+@every_width
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_nothing_outside_is_touched(module, bits, text, as_if, monkeypatch):
+    """Every tensor, and every table, right before and right behind memory that faults."""
+    as_if(bits)
+    asked = asked_for(module, text, has_bias=True)
+    tables = lanes._tables
+    for at_end in (True, False):
+        held = []
+
+        def between_guards(*how, at_end=at_end, held=held):
+            whole, begins = tables(*how)
+            starts = [begin - whole.data_ptr() for begin in begins]
+            ends = [*starts[1:], len(whole)]
+            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
+            return whole, tuple(part.data_ptr() for part in held)
+
+        monkeypatch.setattr(lanes, "_tables", between_guards)
+        first, second, bias = (guarded(tensor, at_end=at_end) for tensor in given(asked, reals))
+        out = guarded(torch.full(asked.problem.output_shape, torch.nan), at_end=at_end)
+        module.ALGORITHM.run(asked, (first, second, bias), out, torch.empty(0, dtype=torch.uint8))
+        assert held, "the tables were not guarded"
+        compare(module.ALGORITHM, asked, out, first, second, bias, to_the_bit=False)
+
+
+@both
+@every_width
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
+def test_every_way_through_the_kernel(module, bits, dtype, text, as_if):
+    as_if(bits)
+    asked = asked_for(module, text, dtype)
+    check(module.ALGORITHM, asked, integers)
+    check(module.ALGORITHM, dataclasses.replace(asked, has_bias=True, threads=2), integers)
+
+
+@both
+@pytest.mark.parametrize("text", ["n{n} c3 o3 x{h}x{w} k3x3 p1 g3", "n{n} c1 o3 x{w} k5 s2 p{n}"])
+def test_a_new_size_compiles_nothing(module, text):
+    """Batch, height, width and the width of the border are arguments; only very narrow pictures have their own."""
+    texts = set()
+    for n, h, w in [(1, 20, 50), (2, 21, 400), (3, 77, 1001), (4, 1000, 64)]:
+        asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), Direction.FORWARD, torch.float32)
+        target = cpu.Target.host()
+        texts.add(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))))
+    assert len(texts) == 1
+
+
+NO_SPILLS = [
+    (narrow, "n1 c3 o3 x1080x1920 k3x3"),
+    (narrow, "n1 c6 o6 x100x100 k3x3 p1"),
+    (narrow, "n1 c3 o16 x100x100 k3x3 s2 p1"),
+    (depthwise, "n1 c3 o3 x100x100 k3x3 p1 g3"),
+    (depthwise, "n1 c3 o3 x100x100 k5x5 p2 g3"),
+    (depthwise, "n1 c3 o3 x9x100x100 k3x3x3 p1 g3"),
+    (depthwise, "n1 c3 o3 x1000 k31 p15 g3"),
+]
+
+
+@pytest.mark.parametrize(("module", "text"), NO_SPILLS, ids=[text for _, text in NO_SPILLS])
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 128])
+def test_the_sums_stay_in_registers(module, text, bits):
+    target = cpu.Target.host(bits)
+    asked = asked_for(module, text)
+    code = cpu.assembly(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))), target)
+    blocks = [block for block in re.split(r"\n(?=\.LBB)", code) if "vfmadd" in block]
+    assert len(blocks) >= 2, "inside and at the edges"
+    for block in blocks[: len(blocks) // 2]:  # inside comes first
+        spilled = re.findall(r"mov\w+\s+%[xyz]mm\d+, .*\(%r[sb]p.*", block)
+        assert not spilled, "a vector is written to the stack"
+
+
+@both
+def test_what_is_refused_is_said(module):
+    small = ConvProblem.parse("n1 c2 o2 x8x8 k3x3 g2")
+    for direction, dtype, more, words in [
+        (Direction.GRAD_INPUT, torch.float32, {}, "not written yet"),
+        (Direction.FORWARD, torch.bfloat16, {}, "bfloat16"),
+        (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
+        (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
+    ]:
+        assert words in module.ALGORITHM.why_not(request(small, direction, dtype, **more))
+    assert BY_NAME["depthwise"].why_not(request(ConvProblem.parse("n1 c4 o2 x9 k3"), Direction.FORWARD, torch.float32))
