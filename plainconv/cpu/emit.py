@@ -229,6 +229,10 @@ class Emit:
             return pointer
         return self._emit(f"getelementptr {type_ or self.element}, ptr {pointer.text}, i64 {offset.text}", "ptr")
 
+    def address(self, pointer: Value) -> Value:
+        """A pointer as a number."""
+        return self._emit(f"ptrtoint ptr {pointer.text} to i64", "i64")
+
     def scalar(self, pointer: Value, offset: Value | int = 0, type_: str | None = None) -> Value:
         """One element."""
         type_ = type_ or self.element
@@ -308,6 +312,20 @@ class Emit:
         """A vector of i64, as `places` and `gather` speak of."""
         address, vector = self.at(pointer, offset, "i64"), f"<{self.lanes} x i64>"
         return self._emit(f"load {vector}, ptr {address.text}, align 8", vector)
+
+    def put_places(self, value: Value, pointer: Value, offset: Value) -> None:
+        """Write a vector of i64."""
+        address = self.at(pointer, offset, "i64")
+        self._lines.append(f"  store {value.type} {value.text}, ptr {address.text}, align 8")
+
+    def move_places(self, places: Value, by: Value) -> Value:
+        """Every place, moved by the same distance."""
+        return self._emit(f"add {places.type} {places.text}, {self._splat(by).text}", places.type)
+
+    def either(self, mask: Value, a: Value, b: Value) -> Value:
+        """Lanes of a where the mask is set, else of b; a scalar stands for all lanes."""
+        a, b = (v if v.type.startswith("<") else self._splat(v) for v in (a, b))
+        return self._emit(f"select {mask.type} {mask.text}, {a.type} {a.text}, {b.type} {b.text}", a.type)
 
     def compare_lanes(self, relation: str, a: Value, b: Value | int) -> Value:
         """A mask of the lanes of integers where a has this relation to the scalar b."""

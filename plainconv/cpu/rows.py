@@ -90,6 +90,11 @@ class Shape:
         return tuple(sorted(set(steps)))
 
     @property
+    def slots(self) -> int:
+        """Places, made up to whole vectors."""
+        return -(-len(self.places) // self.lanes) * self.lanes
+
+    @property
     def steps(self) -> int:
         """How many times a tile takes up new rows, for each input channel."""
         return self.kernel[0] * self.kernel[1] // self.inner
@@ -109,7 +114,7 @@ class _Rows:
         self.given = dict(zip((*POINTERS, *SIZES), given, strict=True))
         if shape.one_channel:
             self.given["group_in"] = e.number(1)
-        count = shape.steps * len(shape.places)
+        count = shape.steps * shape.slots
         self.starts = e.stack("ptr", count)  # where each input row of the first channel begins
         self.jumps = None if shape.one_channel else e.stack("i64", count)  # from there to the next channel
 
@@ -139,25 +144,25 @@ class _Rows:
     def fill(self, plane: Value, d: Value, block: Value) -> None:
         """Write down where the input rows of a task begin; a row of the border is the row of zeros."""
         e, of, shape = self.e, self.given, self.shape
-        depth, rows, _ = shape.kernel
-        x = e.at(of["x"], plane * of["group_in"] * of["in_channel"])
-        first = block * (shape.rows * shape.stride[0])
+        depth, steps = shape.kernel[0], shape.kernel[1] // shape.inner
+        x = e.address(e.at(of["x"], plane * of["group_in"] * of["in_channel"]))
+        zeros = e.address(of["zeros"])
 
         def each_depth(kd: Value, _: list[Value]) -> Sequence[Value]:
             by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
+            least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
 
-            def each_step(kh: Value, _: list[Value]) -> Sequence[Value]:
-                slot = (kd * (rows // shape.inner) + kh) * len(shape.places)
-                for i, place in enumerate(shape.places):
-                    by_row = e.scalar(of["row_table"], first + kh * shape.dilation[0] + place, "i64")
-                    real = e.least(by_depth, by_row) >= 0
-                    start = e.select(real, e.at(x, by_depth + by_row), of["zeros"])
-                    e.put(start, self.starts, slot + i)
+            def each_step(step: Value, _: list[Value]) -> Sequence[Value]:
+                for part in range(0, shape.slots, shape.lanes):
+                    by_row = e.load_places(of["row_table"], (block * steps + step) * shape.slots + part)
+                    real = e.compare_lanes("sge", by_row, least)
+                    slot = (kd * steps + step) * shape.slots + part
+                    e.put_places(e.either(real, e.move_places(by_row, x + by_depth), zeros), self.starts, slot)
                     if self.jumps is not None:
-                        e.put(e.select(real, of["in_channel"], e.number(0)), self.jumps, slot + i)
+                        e.put_places(e.either(real, of["in_channel"], e.number(0)), self.jumps, slot)
                 return []
 
-            e.loop(rows // shape.inner, [], each_step)
+            e.loop(steps, [], each_step)
             return []
 
         e.loop(depth, [], each_depth)
@@ -235,7 +240,7 @@ class _Rows:
             def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
                 starts = []
                 for i in range(len(shape.places)):
-                    slot = step * len(shape.places) + i
+                    slot = step * shape.slots + i
                     start = e.scalar(self.starts, slot, "ptr")
                     starts.append(start if self.jumps is None else e.at(start, c * e.scalar(self.jumps, slot, "i64")))
                 w_step = e.at(w_channel, step * (shape.inner * width))

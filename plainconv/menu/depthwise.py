@@ -29,7 +29,7 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
         vectors = 8 if target.registers > 16 else 4
         vectors = max(vectors // loaded, 1)
         return lanes.Tile(1, 1, vectors, False)
-    for rows in (8, 4, 2):
+    for rows in (7, 4, 2):  # 7: the maps of most networks are 7 * 2^n high
         places = {r * high.stride + k * high.dilation for r in range(rows) for k in range(high.kernel)}
         registers = rows + len(places) * loaded + 2
         if registers <= target.registers and rows * high.kernel <= MOST_UNROLLED:
