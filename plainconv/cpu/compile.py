@@ -369,8 +369,8 @@ def _link(code: bytes, *, from_disk: bool) -> Kernel:
     if _linked % _KERNELS_PER_JIT == 0:  # the old one stays until its last kernel goes
         _jit = llvm.create_lljit_compiler(_target_machine(_host()), use_jit_link=_JIT_LINK, suppress_errors=True)
     _linked += 1
-    # The process's own symbols: LLVM makes memset, memcpy or expf of some loops and calls.
-    library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process().export_symbol("kernel")
+    # LLJIT finds the process's own symbols by itself: LLVM makes memset, memcpy or expf of some loops and calls.
+    library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol("kernel")
     tracker = library.link(_jit, f"kernel_{_linked}")
     call: Any = _SIGNATURE(tracker["kernel"])
     call.keeps = (tracker, _jit)  # the code is unloaded when the last reference to `call` goes
