@@ -488,6 +488,22 @@ def test_the_sums_cotangent():
     torch.testing.assert_close((x.grad, w.grad), expected)
 
 
+def test_algorithms_never_see_a_stride_of_zero(monkeypatch):
+    from plainconv import plan as plans
+
+    strides, real = [], plans.Plan.__call__
+
+    def watched(self, tensors, out):
+        strides.extend(stride for tensor in tensors[:2] for stride in tensor.stride())
+        return real(self, tensors, out)
+
+    monkeypatch.setattr(plans.Plan, "__call__", watched)
+    x, w = images(1, 3, 6, 7).expand(*X).requires_grad_(), images(*W, grad=True)
+    plainconv.conv2d(x, w).sum().backward()
+    assert len(strides) == 3 * 8
+    assert 0 not in strides
+
+
 def test_batch_0_and_its_gradients():
     x, w, b = images(0, 3, 6, 6, grad=True), images(*W, grad=True), images(*B, grad=True)
     y = plainconv.conv2d(x, w, b)
@@ -936,6 +952,16 @@ def test_autocast_and_backward(transposed):
     for ours, theirs in zip(gradients(plainconv), gradients(F), strict=True):
         assert ours.dtype is torch.float32
         torch.testing.assert_close(ours, theirs)
+
+
+@directions
+@pytest.mark.parametrize("algorithm", plainconv.algorithms())
+def test_products_inside_an_algorithm_are_not_autocast(direction, algorithm):
+    """A float32 operator within a region: its sums and products stay float32."""
+    sample = of_problem("n1 c13 o14 x5x4 k2x2", direction, torch.float32, bias=True, algorithm=algorithm)
+    expected = ops.convolve(*sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.convolve(*sample), expected)
 
 
 def test_backward_inside_autocast_stays_in_its_types():
