@@ -392,12 +392,14 @@ def test_second_derivatives(name, dtype):
 
 
 @pytest.mark.slow
-@calls
+@pytest.mark.parametrize("name", ["conv1d", "transposed circular"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_derivatives_entry_by_entry(name, dtype):
+    """What fast_mode projects on random vectors, in full."""
     function, tensors = call_of(name, dtype)
     assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, tensors, check_fwd_over_rev=True)
+    if dtype is torch.float64:
+        assert gradgradcheck(function, tensors)
 
 
 @directions
@@ -735,10 +737,9 @@ def test_opcheck(direction, name):
 
 @pytest.mark.slow
 @directions
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("text", CASES.values(), ids=CASES)
-def test_opcheck_of_every_case(direction, text, dtype):
-    opcheck(direction, text, dtype, last=False)
+def test_opcheck_of_every_case(direction, text):
+    opcheck(direction, text, torch.complex128, last=False)
 
 
 # -- compiled and exported -------------------------------------------------------------------------------------------
