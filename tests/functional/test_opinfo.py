@@ -247,7 +247,14 @@ both_kinds = pytest.mark.parametrize("dtype", [torch.float64, torch.complex128],
 @every_function
 @both_kinds
 def test_gradcheck(name, dtype):
-    check_first_derivatives(name, samples(name, dtype), fast_mode=True)
+    every = samples(name, dtype)
+    check_first_derivatives(name, small(every, 150) if dtype.is_complex else every, fast_mode=True)
+
+
+@pytest.mark.slow
+@every_function
+def test_gradcheck_of_all_complex_samples(name):
+    check_first_derivatives(name, samples(name, torch.complex128), fast_mode=True)
 
 
 @every_function
@@ -322,7 +329,7 @@ def test_noncontiguous(name, algorithm):
 @pytest.mark.parametrize("algorithm", NAMES)
 def test_conjugated(name, algorithm):
     """x.conj() only sets a bit; nothing may read the memory as if it were not set."""
-    for sample in small(samples(name, torch.complex128), 200):
+    for sample in small(samples(name, torch.complex128), 80):
         for which in itertools.product([False, True], repeat=3):
             if not any(which):
                 continue
@@ -394,7 +401,7 @@ def mapped_along(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | 
 @pytest.mark.parametrize("bias_dim", [None, 0, 1])
 def test_vmap(name, bias_dim):
     """Over every choice of mapped arguments, against a loop; whole numbers, so that the sums must be equal."""
-    for sample in small(whole_numbers(name), 100):
+    for sample in small(whole_numbers(name), 60):
         weight, bias = sample.args
         if bias is None and bias_dim is not None:
             continue
