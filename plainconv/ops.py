@@ -18,12 +18,13 @@ a mode) goes through an autograd.Function; a traced one (torch.compile, torch.ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from plainconv.plan import AUTO, Plan, plan
@@ -71,11 +72,14 @@ def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
     `bias` [channels of the result] is added to it (None in GRAD_WEIGHT).
     """
     if torch.compiler.is_compiling():
-        operator = _OPERATORS[make.direction]
-        return operator(first, second, bias, *make.operands())
+        return _operate(first, second, bias, make)
     if _is_plain(first, second, bias):
         return _compute(first, second, bias, make)
     return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call]
+
+
+def _operate(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
+    return _OPERATORS[make.direction](first, second, bias, *make.operands())
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -194,8 +198,8 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _OPERATORS[make.direction](first, second, bias, *make.operands())
+        with torch._C._AutoDispatchBelowAutograd(), _without_tracing():
+            return _operate(first, second, bias, make)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Make], output: Tensor) -> None:
@@ -210,7 +214,7 @@ class _Convolution(torch.autograd.Function):
         gradients: list[Tensor | None] = [None, None]
         given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
         for i, (role, like) in enumerate(given.items()):
-            if ctx.needs_input_grad[i]:
+            if _is_wanted(ctx, i):
                 other = {r: tensor.conj() for r, tensor in given.items() if r != role}
                 other[ctx.make.direction.makes] = cotangent
                 make = ctx.make.derivative(role, like)
@@ -237,7 +241,39 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return _vmap(info.batch_size, in_dims, *inputs)
+        return _vmap(convolve, info.batch_size, in_dims, *inputs)
+
+
+class _OneLevel(torch.autograd.function._SingleLevelFunction):
+    """The same for the operators, where torch.func has arrived at one level already (torch.compile over torch.func)."""
+
+    forward, setup_context = _Convolution.forward, _Convolution.setup_context
+    backward, jvp = _Convolution.backward, _Convolution.jvp
+
+
+def _is_wanted(ctx: Any, i: int) -> bool:
+    """Whether the gradient of tensor i is needed: it requires one, and autograd.grad(y, x) did not leave it out."""
+    if not ctx.needs_input_grad[i]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+    except RuntimeError:  # a leaf that autograd.grad was asked for
+        return True
+
+
+def _without_tracing() -> contextlib.AbstractContextManager[Any]:
+    """torch.jit.trace records the Function; it cannot record an operator with symbolic sizes."""
+    state = torch._C._get_tracing_state()
+    return contextlib.nullcontext() if state is None else _untraced(state)
+
+
+@contextlib.contextmanager
+def _untraced(state: Any) -> Iterator[None]:
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 # -- vmap ------------------------------------------------------------------------------------------------------------
@@ -247,7 +283,13 @@ _LETTERS = {"x": {"n": 0, "g": 1, "c": 1}, "w": {"g": 0, "o": 0, "c": 1}, "y": {
 
 
 def _vmap(
-    size: int, in_dims: tuple[int | None, ...], first: Tensor, second: Tensor, bias: Tensor | None, make: Make
+    convolve: Callable[[Tensor, Tensor, Tensor | None, Make], Tensor],
+    size: int,
+    in_dims: tuple[int | None, ...],
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    make: Make,
 ) -> tuple[Tensor, int]:
     """Fold the mapped dimension into a letter that the tensors which have it share, and that the other lacks.
 
@@ -315,10 +357,11 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
         return _empty(first, make)
 
     def autograd(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
-        return _Convolution.apply(first, second, bias, Make.of(direction, *operands))  # type: ignore[no-untyped-call]
+        with enable_single_level_autograd_function():
+            return _OneLevel.apply(first, second, bias, Make.of(direction, *operands))  # type: ignore[attr-defined]
 
     def vmap(info: Any, in_dims: Any, first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Any:
-        return _vmap(info.batch_size, in_dims, first, second, bias, Make.of(direction, *operands))
+        return _vmap(_operate, info.batch_size, in_dims, first, second, bias, Make.of(direction, *operands))
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, key)

@@ -139,14 +139,14 @@ def _warn_if_slow(verdict: Verdict) -> None:
 
 
 def _seconds(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if value >= scale:
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if value < 1000 * scale:
             return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e-6:.3g} us"
+    return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
 
 
 def _bytes(value: int) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if value >= scale:
+    for unit, scale in (("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20)):
+        if value < 1000 * scale:
             return f"{value / scale:.3g} {unit}"
-    return f"{value} B"
+    return f"{value / (1 << 30):.3g} GiB"

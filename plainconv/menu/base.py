@@ -42,7 +42,8 @@ class Algorithm:
     name      the word a user gives to algorithm=
     why_not   None if it can serve the request, else one sentence for a person; never raises
     cost      a pure function of the request
-    error     a bound for |result - exact| in units of eps(compute type) * sum of |products|; 0: exact on integers
+    error     a bound for |result - exact| in units of eps(compute type) * sum of |products|, the sum being that of each
+              element where products are summed as they are (then small integers are exact), else the largest
     run       fills `out` from the tensors, with `workspace` (uint8, cost(request).workspace bytes) as scratch
     version   raised when the code changes, so that old measurements are ignored
     """

@@ -12,7 +12,7 @@ wrapped.  So the output is cut into tiles of T: a tile reads F input places (ove
 places back (overlap-add).  Memory is a few tiles, however large the image.  A stride keeps every s-th output of a tile.
 
 Cost: F log F for each channel of each tile, and n * o * c/g * F multiplies; the error grows with log F, but is
-relative to the largest output of a tile, not to each.  A NaN or infinity spreads over its tile.
+relative to the largest sum (or product) of a tile, not to each.  A NaN or infinity spreads over its tile.
 Source: Stockham, "High-speed convolution and correlation" (1966); Mathieu, Henaff and LeCun, arXiv:1312.5851 (2013).
 """
 
