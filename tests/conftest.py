@@ -7,9 +7,18 @@ import hypothesis
 import pytest
 import torch
 
+from plainconv.cpu import compile as compiler
+
 hypothesis.settings.register_profile("plainconv", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("plainconv")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels_in_a_folder_of_the_tests(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    with compiler.kept_in(tmp_path_factory.mktemp("kernels")):
+        yield
 
 
 @pytest.fixture(autouse=True)

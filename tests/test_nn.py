@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import EVERYWHERE
 from torch import Tensor
 from torch.nn.utils import parametrizations
 
@@ -289,11 +290,11 @@ def test_algorithm(name, monkeypatch):
     assert ours(name)(4, 6, 3).algorithm == "auto"
     assert "algorithm" not in repr(ours(name)(4, 6, 3))
     x = picture(name, size=4, dtype=torch.float32)
-    for algorithm in plainconv.algorithms():
+    for algorithm in EVERYWHERE:
         layer = ours(name)(4, 6, 3, algorithm=algorithm)
         assert repr(layer).endswith(f", algorithm={algorithm})")
         layer(x)
-    assert asked == list(plainconv.algorithms())
+    assert asked == list(EVERYWHERE)
     for family in (name, f"Lazy{name}"):
         with pytest.raises(ValueError, match="algorithm='quick' does not exist; choose one of auto, loops"):
             ours(family)(*(4, 6, 3)[family.startswith("Lazy") :], algorithm="quick")

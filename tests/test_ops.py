@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from checks import CASES, DIRECTIONS, channels_last, integers, reals
+from checks import CASES, DIRECTIONS, EVERYWHERE, channels_last, integers, reals
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -188,7 +188,7 @@ def test_condition_subclass_of_function():
 def test_condition_conjugate_bit():
     x, w, b = (images(*shape, dtype=torch.complex128) for shape in (X, W, B))
     expected = F.conv2d(x.conj().resolve_conj(), w, b)
-    for algorithm in ("auto", *plainconv.algorithms()):
+    for algorithm in ("auto", *EVERYWHERE):
         assert x.conj().is_conj()
         with ways() as answers:
             torch.testing.assert_close(plainconv.conv2d(x.conj(), w, b, algorithm=algorithm), expected)
@@ -202,7 +202,7 @@ def test_condition_negative_bit():
     z = images(*X, dtype=torch.complex128)
     x, w = z.conj().imag, images(*W)
     assert x.is_neg()
-    for algorithm in plainconv.algorithms():
+    for algorithm in EVERYWHERE:
         with ways() as answers:
             torch.testing.assert_close(plainconv.conv2d(x, w, algorithm=algorithm), F.conv2d(x.resolve_neg(), w))
         assert answers == [False]
@@ -277,7 +277,7 @@ def test_condition_function_mode():
     torch.testing.assert_close(y, F.conv2d(x, w))
 
 
-@pytest.mark.parametrize("algorithm", plainconv.algorithms())
+@pytest.mark.parametrize("algorithm", EVERYWHERE)
 def test_condition_a_default_device_is_a_function_mode(algorithm):
     x, w = images(*X), images(*W)
     with torch.device("meta"):
@@ -294,7 +294,7 @@ def test_condition_jit_tracing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("algorithm", ["auto", *plainconv.algorithms()])
+@pytest.mark.parametrize("algorithm", ["auto", *EVERYWHERE])
 def test_condition_autocast(dtype, algorithm):
     x, w, b = (images(*shape, dtype=torch.float32) for shape in (X, W, B))
     narrow = plainconv.conv2d(x.to(dtype), w.to(dtype), b.to(dtype), algorithm=algorithm)
@@ -455,7 +455,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed_either():
     assert seen.ours == ["grad_input"]
 
 
-@pytest.mark.parametrize("algorithm", plainconv.algorithms())
+@pytest.mark.parametrize("algorithm", EVERYWHERE)
 def test_gradients_use_the_algorithm_of_the_call(algorithm, monkeypatch):
     from plainconv import plan as plans
 
@@ -956,7 +956,7 @@ def test_autocast_and_backward(transposed):
 
 
 @directions
-@pytest.mark.parametrize("algorithm", plainconv.algorithms())
+@pytest.mark.parametrize("algorithm", EVERYWHERE)
 def test_products_inside_an_algorithm_are_not_autocast(direction, algorithm):
     """A float32 operator within a region: its sums and products stay float32."""
     sample = of_problem("n1 c13 o14 x5x4 k2x2", direction, torch.float32, bias=True, algorithm=algorithm)

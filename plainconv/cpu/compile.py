@@ -13,8 +13,8 @@ Object code is kept on disk (`store` says what is believed of it), under a key o
 LLVM, processor and features.  Vectors are explicit in the text, so LLVM is asked neither to vectorise nor to unroll:
 what was written is what runs.  Calling a kernel releases the GIL.
 
-llvmlite is imported on first use.  One lock covers all of it, and is held by whoever forks, so that no child begins its
-life with LLVM half way through something.
+llvmlite and platformdirs are imported on first use.  One lock covers all of LLVM, and is held by whoever forks, so that
+no child begins its life with LLVM half way through something.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from plainconv.cpu.store import Store
 
@@ -256,21 +254,29 @@ class _Held:
         return len(self._kernels)
 
 
-@dataclass(frozen=True, slots=True)
 class _State:
-    store: Store
-    held: _Held
+    """Where kernels are kept: on disk, in a folder that is looked for on first use, and in memory."""
+
+    def __init__(self, find: Callable[[], Store], held: _Held) -> None:
+        self._find = find
+        self.held = held
+
+    @functools.cached_property
+    def store(self) -> Store:
+        return self._find()
 
 
 def _user_folder() -> Store:
     """The user's cache folder, as platformdirs finds it."""
+    import platformdirs
+
     folder = platformdirs.user_cache_path("plainconv", appauthor=False) / "kernels"
     if not folder.is_absolute():  # no home, and no entry in the list of users either
         return Store(None, _MAGIC, "this user has no home folder, so compiled kernels are kept in memory only")
     return Store(folder, _MAGIC)
 
 
-_state = _State(_user_folder(), _Held(MAX_KERNELS))
+_state = _State(_user_folder, _Held(MAX_KERNELS))
 
 
 @contextmanager
@@ -280,8 +286,8 @@ def kept_in(folder: Path | None, max_kernels: int = MAX_KERNELS) -> Iterator[_St
     It holds for the whole process, not for one thread. None: nothing is kept on disk.
     """
     global _state
-    before = _state
-    _state = _State(Store(folder, _MAGIC), _Held(max_kernels))
+    before, store = _state, Store(folder, _MAGIC)
+    _state = _State(lambda: store, _Held(max_kernels))
     try:
         yield _state
     finally:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 
@@ -377,7 +378,7 @@ def test_a_read_only_folder(filled):
 
 
 def test_nothing_is_kept_without_a_home(monkeypatch):
-    monkeypatch.setattr(compiler.platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/plainconv"))
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/plainconv"))
     store = compiler._user_folder()
     assert store.folder is None
     assert "no home" in store.notes()[0]

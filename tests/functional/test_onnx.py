@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checks import EVERYWHERE
 from onnx import numpy_helper
 from onnx.backend.test.case import node as node_cases
 from onnx.backend.test.case.node import conv, convtranspose
@@ -141,7 +142,7 @@ def test_the_wheel_has_what_it_had():
 
 
 @pytest.mark.parametrize("name", sorted(VECTORS))
-@pytest.mark.parametrize("algorithm", ["auto", *plainconv.algorithms()])
+@pytest.mark.parametrize("algorithm", ["auto", *EVERYWHERE])
 def test_vector(name, algorithm):
     vector = VECTORS[name]
     if algorithm == "loops" and vector.output.numel() * vector.inputs[1][0].numel() > 1e6:

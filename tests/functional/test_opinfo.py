@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from checks import EVERYWHERE, FORWARD_ONLY
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing._internal.common_utils import noncontiguous_like
@@ -29,8 +30,8 @@ from torch_samples import (
 import plainconv
 from plainconv.problem import ConvProblem
 
-NAMES = ("auto", *plainconv.algorithms())
-INTEGER_EXACT = tuple(name for name in plainconv.algorithms() if name != "fft")
+NAMES = ("auto", *EVERYWHERE)
+INTEGER_EXACT = tuple(name for name in EVERYWHERE if name != "fft")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -80,6 +81,21 @@ every_dtype = pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=lambda dty
 @every_dtype
 def test_values_are_torchs(name, algorithm, dtype):
     check_values(name, quick(samples(name, dtype), algorithm), algorithm)
+
+
+@every_function
+@pytest.mark.parametrize("algorithm", FORWARD_ONLY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_values_of_what_makes_only_outputs_are_torchs(name, algorithm, dtype):
+    """What is refused is refused with a sentence; the rest is right."""
+    every = samples(name, dtype)
+    able = [sample for sample in every if explained(name, sample, algorithm).chosen == algorithm]
+    assert bool(able) == (not name.startswith("conv_transpose"))
+    check_values(name, able, algorithm)
+    for sample in every:
+        if not any(sample is one for one in able):
+            with pytest.raises(plainconv.AlgorithmRefused, match=f"algorithm='{algorithm}' refuses"):
+                call(our_function(name), sample, algorithm=algorithm)
 
 
 @pytest.mark.slow
@@ -466,7 +482,7 @@ def test_jacobians(name):
 
 
 @every_function
-@pytest.mark.parametrize("algorithm", plainconv.algorithms())
+@pytest.mark.parametrize("algorithm", EVERYWHERE)
 def test_the_algorithm_named_serves_forward_and_backward(name, algorithm, monkeypatch):
     """Every plan made in a call and in its gradients is the named algorithm's."""
     from plainconv import ops
