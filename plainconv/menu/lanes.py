@@ -30,6 +30,7 @@ ELEMENTS = {torch.float32: "float", torch.float64: "double"}
 FMA_PER_SECOND = 3.0e9  # vectors multiplied and added, in a tile that is fed from registers
 LOADS_PER_SECOND = 2.2e9  # vectors loaded, most of them across two cache lines
 BYTES_PER_SECOND = 10e9  # memory, all threads
+HIDDEN = 0.1  # of the shorter of work and memory, the part that the longer does not hide
 TILE_S = 4e-9  # a tile's beginning and end
 TASK_S = 8e-9  # a task's addresses
 LAUNCH_S = 6e-6  # from Python to the kernel and back
@@ -259,7 +260,7 @@ def run(request: Request, tensors: Tensors, out: Tensor, choose: Choose) -> None
 
 
 def cost(request: Request, choose: Choose) -> Cost:
-    """Arithmetic and loads of the tiles as they are, idle lanes and rows too, or memory, whichever takes longer."""
+    """Arithmetic and loads of the tiles as they are, idle lanes and rows too, and memory; the longer hides most of the other."""
     problem, target = request.problem, cpu.Target.host()
     tile = choose(request, target)
     shape = shape_of(request, target, tile)
@@ -277,5 +278,6 @@ def cost(request: Request, choose: Choose) -> Cost:
     threads = min(max(request.threads, 1), max(tasks, 1))
     size = request.dtype.itemsize
     moved = size * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    seconds = max(work / threads, moved / BYTES_PER_SECOND) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
+    work, memory = work / threads, moved / BYTES_PER_SECOND
+    seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
     return Cost(sums * shape.lanes * problem.group_in * problem.taps, moved, 0, seconds)
