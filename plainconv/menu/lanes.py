@@ -260,7 +260,7 @@ def run(request: Request, tensors: Tensors, out: Tensor, choose: Choose) -> None
 
 
 def cost(request: Request, choose: Choose) -> Cost:
-    """Arithmetic and loads of the tiles as they are, idle lanes and rows too, and memory; the longer hides most of the other."""
+    """Work of the tiles as they are, idle lanes and rows too, and memory; the longer hides most of the other."""
     problem, target = request.problem, cpu.Target.host()
     tile = choose(request, target)
     shape = shape_of(request, target, tile)
