@@ -1,24 +1,26 @@
 """The command `plainconv`: parse, call one function, print.
 
 What a person can mend (a file that is missing, a name that does not exist, a full disk) is one line on stderr and exit
-code 2. Anything else is a bug and keeps its traceback.
+code 2; so is a command line that does not parse. Anything else is a bug and keeps its traceback.
 """
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from plainconv import picture, train
 from plainconv.files import InputError, write_whole
@@ -26,8 +28,33 @@ from plainconv.plan import AlgorithmRefused, algorithms, check_algorithm, explai
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.version import __version__
 
+# click's ClickException, the base of what the parser raises. Newer typers have a click of their own inside, older ones
+# need the package click; so the class is found from a name that all of them have.
+PARSER_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class OneLineGroup(TyperGroup):
+    """The command, with an error of the parser as one line too instead of a box of several."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run as typer does, to sys.exit with the code; without any word, typer shows the help."""
+        words = args[0] if args else kwargs.get("args")
+        if not (sys.argv[1:] if words is None else words) or not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})  # the code of a typer.Exit, or None
+        except PARSER_ERROR as error:
+            _say(getattr(error, "format_message", error.__str__)())
+            sys.exit(2)
+        except typer.Abort:
+            _say("stopped")
+            sys.exit(1)
+        sys.exit(code)
+
+
 app = typer.Typer(
     name="plainconv",
+    cls=OneLineGroup,
     help="Convolution in plain Python: filter pictures, train a small network, and compare both with torch.",
     no_args_is_help=True,
     add_completion=False,
@@ -70,8 +97,12 @@ def one_line() -> Iterator[None]:
         _stop(missing(error))
 
 
-def _stop(sentence: str) -> NoReturn:
+def _say(sentence: str) -> None:
     print("plainconv: " + " ".join(sentence.split()), file=sys.stderr)
+
+
+def _stop(sentence: str) -> NoReturn:
+    _say(sentence)
     raise typer.Exit(2)
 
 
@@ -131,21 +162,23 @@ def train_layers(
     """Train the small CNN with plainconv's layer, with torch's, or with both in turn."""
     with one_line():
         layers = train.layers(layer, _algorithm(algorithm))
-        recipe = _recipe(dataset, epochs, batch)
-        data = train.load(dataset, data_dir).to(_device(device))
+        recipe, where = _recipe(dataset, epochs, batch), _device(device)
+        if out is not None:
+            _check_file(out)  # a mistake in the name is not worth a training
+        data = train.load(dataset, data_dir).to(where)
         with _bars(list(layers), train.steps(data, recipe.epochs, recipe.batch)) as watch:
             runs = train.race(layers, data, epochs=recipe.epochs, batch=recipe.batch, seed=seed, watch=watch)
-        if out is not None:
-            points = {name: [asdict(point) for point in run] for name, run in runs.items()}
-            record = {"dataset": dataset, "algorithm": algorithm, "seed": seed, "device": device, **asdict(recipe)}
-            with write_whole(out) as file:
-                file.write((json.dumps({**record, "runs": points}, indent=1) + "\n").encode())
     table = Table("layer", "test accuracy", "last loss", "training", "each step")
     for name, run in runs.items():
         end = run[-1]
         each = f"{1e3 * end.seconds / end.step:.2f} ms"
         table.add_row(name, f"{100 * end.accuracy:.1f}%", f"{end.loss:.3f}", f"{end.seconds:.1f} s", each)
     Console().print(table)
+    if out is not None:
+        points = {name: [asdict(point) for point in run] for name, run in runs.items()}
+        record = {"dataset": dataset, "algorithm": algorithm, "seed": seed, "device": device, **asdict(recipe)}
+        with one_line(), write_whole(out) as file:
+            file.write((json.dumps({**record, "runs": points}, indent=1) + "\n").encode())
 
 
 @app.command("compare")
@@ -163,19 +196,21 @@ def compare_all(
 ) -> None:
     """Compare with torch, pictures and training, and write a report."""
     with one_line():
-        from plainconv.compare import compare
+        from plainconv.compare import check_fits, compare
         from plainconv.report import write_report
 
         where, matrix, recipe = _device(device), picture.named_or_typed(kernel), _recipe(dataset, epochs, batch)
         path = path or _sample()
         before = picture.read(path)
+        check_fits(before, matrix)
+        _check_folder(out)
         before = before.with_pixels(before.pixels.to(where))
         data = train.load(dataset, data_dir).to(where)
-        out.mkdir(parents=True, exist_ok=True)
         with _bars(["plainconv", "torch"], train.steps(data, recipe.epochs, recipe.batch)) as watch:
             found = compare(before, matrix, data, **asdict(recipe), seed=seed, seconds=seconds, watch=watch)
         found.records["filter"] |= {"picture": path.name, "kernel_name": kernel}
         found.records["training"] |= {"dataset": dataset}
+        out.mkdir(parents=True, exist_ok=True)
         page = write_report(out, found.records, found.gallery, found.made)
     print(page)
 
@@ -233,10 +268,28 @@ def _algorithm(name: str) -> str:
 
 def _device(name: str) -> torch.device:
     try:
+        if re.fullmatch("cpu|cuda(:[0-9]+)?", name) is None:
+            raise ValueError
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}") from error
+
+
+def _check_file(path: Path) -> None:
+    """Raise InputError if no file can be written at a path because of what is there or is not there."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path}: not a regular file, so it cannot be replaced")
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}")
+
+
+def _check_folder(path: Path) -> None:
+    """Raise InputError if a path is not a folder and cannot become one because a file is in the way."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{path}: {nearest.name} is a file, not a folder")
 
 
 def _recipe(dataset: str, epochs: int | None, batch: int | None) -> train.Recipe:

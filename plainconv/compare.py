@@ -7,7 +7,8 @@ colour to itself and mixes none,
 
 Everything is timed on contiguous and on channels_last tensors, in turn, and the better of the two counts: for torch as
 for the algorithms. The error is the largest distance from torch's result in float64, in levels of the picture.
-`loops` does a cut-out only; its time is multiplied by how many more products the whole picture has, and marked so.
+`loops` does a cut-out only, larger for a large kernel; its time is multiplied by how many more products the whole
+picture has, and marked so.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plainconv.files import InputError
 from plainconv.functional import conv2d
 from plainconv.picture import KERNELS, Picture, apply
 from plainconv.plan import AlgorithmRefused, algorithms
@@ -26,7 +28,8 @@ from plainconv.timing import Timing, in_turn, machine
 from plainconv.train import Data, Point, layers, race
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-CUT = 32  # pixels; the side of the cut-out that `loops` filters
+CUT = 32  # pixels; the side of the cut-out that `loops` filters, or more for a kernel that needs more
+BEYOND = 7  # pixels; the cut-out is at least this much larger than the kernel
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,15 @@ def compare_filters(picture: Picture, kernel: Tensor, *, seconds: float = 8.0) -
 
     Returns:
         the rows, torch's first, and name -> the picture it made (of those that did not refuse).
+
+    Raises:
+        InputError: the kernel does not fit into the picture.
     """
+    check_fits(picture, kernel)
     x = picture.pixels.unsqueeze(0)  # [1, c, h, w]
     weight = spread(kernel, x.shape[1]).to(x)
     exact = F.conv2d(x.double(), weight.double())
-    cut = cut_out(x)
+    cut = cut_out(x, *kernel.shape[-2:])
     exact_cut = F.conv2d(cut.double(), weight.double())
     scale = exact.numel() / exact_cut.numel()
 
@@ -176,10 +183,18 @@ def magnitude(y: Tensor, m: int) -> Tensor:
     return y if m == 1 else torch.linalg.vector_norm(y.unflatten(0, (-1, m)), dim=1)
 
 
-def cut_out(x: Tensor) -> Tensor:
-    """The middle CUT x CUT pixels of [1, c, h, w], or all of a picture that is smaller."""
-    top, left = (max(size - CUT, 0) // 2 for size in x.shape[-2:])
-    return x[..., top : top + CUT, left : left + CUT]
+def check_fits(picture: Picture, kernel: Tensor) -> None:
+    """Raise InputError if the kernel, [m, kh, kw], is nowhere wholly inside the picture: nothing is padded here."""
+    (height, width), (kh, kw) = picture.pixels.shape[-2:], kernel.shape[-2:]
+    if height < kh or width < kw:
+        raise InputError(f"a picture of {width}x{height} pixels cannot hold a kernel of {kw}x{kh}")
+
+
+def cut_out(x: Tensor, kh: int = 1, kw: int = 1) -> Tensor:
+    """The middle CUT x CUT pixels of [1, c, h, w], more where the kernel needs it, or all where there are fewer."""
+    rows, columns = max(CUT, kh + BEYOND), max(CUT, kw + BEYOND)
+    top, left = max(x.shape[-2] - rows, 0) // 2, max(x.shape[-1] - columns, 0) // 2
+    return x[..., top : top + rows, left : left + columns]
 
 
 def _caller(name: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:

@@ -197,8 +197,13 @@ def explain(
     Computes nothing.  Raises what the call itself would raise, but for AlgorithmRefused.
     """
     _check_kinds("explain", input, weight, bias)
+    if weight.dim() not in (3, 4, 5):
+        raise RuntimeError(f"expected weight to have 3, 4 or 5 dimensions, but got size {list(weight.shape)}")
+    if output_padding != 0 and not transposed:
+        raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
     options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    input, weight, bias = _autocast(input, weight, bias)
     first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
     asked = Direction(direction)
     if transposed:  # the mirrored convolution has input and output exchanged
@@ -229,11 +234,16 @@ def _call(
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
     _check_kinds(function.__name__, input, weight, bias)
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = ops.autocast(input, weight, bias)
+    input, weight, bias = _autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, options)
     result = ops.convolve(first, weight, bias, make)
     return result if batched else result.squeeze(0)
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+        return ops.autocast(input, weight, bias)
+    return input, weight, bias
 
 
 def _settled(

@@ -44,7 +44,10 @@ class _Layer(_ConvNd):
 
     def __init__(self, *args: Any, algorithm: str = AUTO, **kwargs: Any) -> None:
         check_algorithm(algorithm)
-        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        try:
+            given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__(): {error}") from None
         padding, mode = given.arguments.get("padding", 0), given.arguments.get("padding_mode", "zeros")
         transposed = "transpose" in type(self).function.__name__
         if mode not in PADDING_MODES:
@@ -120,11 +123,15 @@ class _ConvTranspose(_Layer, _ConvTransposeNd):
                 f"output_size={list(output_size)} cannot be chosen with padding={self.padding!r}, "
                 "which makes it the input's size times the stride; use numbers or pairs"
             )
-        halves: list[Any] = [sum(s) / 2 if isinstance(s, tuple) else s for s in specs]  # torch takes each twice
+        halves: list[Any] = [_half(sum(s)) if isinstance(s, tuple) else s for s in specs]  # torch takes each twice
         extra = self._output_padding(
             input, output_size, list(self.stride), halves, list(self.kernel_size), dims, list(self.dilation)
         )
         return [int(value) for value in extra]
+
+
+def _half(total: int) -> int | float:
+    return total / 2 if total % 2 else total // 2
 
 
 class _Lazy:

@@ -149,8 +149,10 @@ def _plan(
 def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:
     """The request that a call sends to the planner, or the one of its gradients if `direction` is not make's own."""
     problem, threads = _problem(make, first.shape, second.shape), torch.get_num_threads()
-    has_bias = bias is not None and direction is make.direction
-    return Request(problem, direction, first.dtype, first.device.type, make.channels_last, has_bias, threads)
+    own = direction is make.direction
+    like = {make.direction.given[0]: first, make.direction.given[1]: second}.get(direction.makes, first)
+    channels_last = make.channels_last if own else is_channels_last(like)  # a gradient has its tensor's format
+    return Request(problem, direction, first.dtype, first.device.type, channels_last, own and bias is not None, threads)
 
 
 def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvProblem:

@@ -96,24 +96,25 @@ def plan(request: Request, name: str = AUTO) -> Plan:
 
     Raises AlgorithmRefused if the named one cannot serve the request, ValueError if there is none of that name.
     """
-    check_algorithm(name)
-    if name == AUTO:
-        verdict = min((v for v in ask(request) if v.cost), key=lambda v: v.cost.seconds if v.cost else 0.0)
-        _warn_if_slow(verdict)
-    else:
-        verdict = _verdict(next(a for a in ALGORITHMS if a.name == name), request)
+    verdict = _choice(request, name)
     if verdict.cost is None:
         raise AlgorithmRefused(f"algorithm={name!r} refuses {request}: {verdict.why_not}")
+    if name == AUTO:
+        _warn_if_slow(verdict)
     return Plan(request, verdict.algorithm, verdict.cost)
 
 
 def explain_request(request: Request, name: str = AUTO) -> Explanation:
     """The verdicts on a request, and which algorithm `name` leads to (none, if the one named refuses)."""
-    try:
-        chosen = plan(request, name).algorithm.name
-    except AlgorithmRefused:
-        chosen = ""
-    return Explanation(request, ask(request), chosen)
+    choice = _choice(request, name)
+    return Explanation(request, ask(request), choice.algorithm.name if choice.cost else "")
+
+
+def _choice(request: Request, name: str) -> Verdict:
+    check_algorithm(name)
+    if name != AUTO:
+        return _verdict(next(a for a in ALGORITHMS if a.name == name), request)
+    return min((v for v in ask(request) if v.cost), key=lambda v: v.cost.seconds if v.cost else 0.0)
 
 
 def _verdict(algorithm: Algorithm, request: Request) -> Verdict:

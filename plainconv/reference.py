@@ -23,9 +23,10 @@ from plainconv.problem import ConvProblem
 
 def forward(problem: ConvProblem, x: Tensor, w: Tensor) -> Tensor:
     """y [n, o, *out] from x [n, c, *spatial] and w [o, c/g, *kernel], of x's type."""
-    padded, w = _padded(problem, x), _split(w, 0, problem.groups)
+    w = _split(w, 0, problem.groups)
     y = x.new_zeros(problem.batch, problem.groups, problem.group_out, *problem.out)
-    for tap, window in _taps(problem, padded):
+    for tap, seen in _taps(problem):
+        window = _window(problem, x, seen)
         for c in range(problem.group_in):
             y += window[:, :, c, None] * _per_channel(w[inner((c, *tap))], problem.dims)
     return y.flatten(1, 2)
@@ -34,24 +35,38 @@ def forward(problem: ConvProblem, x: Tensor, w: Tensor) -> Tensor:
 def grad_input(problem: ConvProblem, y: Tensor, w: Tensor) -> Tensor:
     """x [n, c, *spatial] from y [n, o, *out] and w [o, c/g, *kernel], of y's type."""
     y, w = _split(y, 1, problem.groups), _split(w, 0, problem.groups)
-    padded = y.new_zeros(problem.batch, problem.groups, problem.group_in, *problem.padded)
-    for tap, window in _taps(problem, padded):
-        for c in range(problem.group_in):
-            window[:, :, c] += (y * _per_channel(w[inner((c, *tap))], problem.dims)).sum(2, dtype=y.dtype)
     x = y.new_zeros(problem.input_shape)
-    scatter_add(padded.flatten(1, 2), _whole(problem), x)
+    window = y.new_empty(problem.batch, problem.groups, problem.group_in, *problem.out)
+    for tap, seen in _taps(problem):
+        for c in range(problem.group_in):
+            window[:, :, c] = (y * _per_channel(w[inner((c, *tap))], problem.dims)).sum(2, dtype=y.dtype)
+        scatter_add(window.flatten(1, 2), seen, x)
     return x
 
 
 def grad_weight(problem: ConvProblem, x: Tensor, y: Tensor) -> Tensor:
     """w [o, c/g, *kernel] from x [n, c, *spatial] and y [n, o, *out], of x's type."""
-    padded, y = _padded(problem, x), _split(y, 1, problem.groups)
+    y = _split(y, 1, problem.groups)
     w = x.new_zeros(problem.groups, problem.group_out, problem.group_in, *problem.kernel)
     space = [0, *range(3, 3 + problem.dims)]
-    for tap, window in _taps(problem, padded):
+    for tap, seen in _taps(problem):
+        window = _window(problem, x, seen)
         for c in range(problem.group_in):
             w[inner((c, *tap))] = (window[:, :, c, None] * y).sum(space, dtype=y.dtype)
     return w.flatten(0, 1)
+
+
+def _taps(problem: ConvProblem) -> Iterator[tuple[tuple[int, ...], list[tuple[Run, ...]]]]:
+    """Every tap of the kernel, and what the outputs see of the padded input through it, dimension by dimension."""
+    for tap in product(*map(range, problem.kernel)):
+        sides = zip(problem.spatial, problem.padding, tap, problem.dilation, problem.out, problem.stride, strict=True)
+        yield tap, [runs(size, pair, problem.padding_mode, k * d, out, s) for size, pair, k, d, out, s in sides]
+
+
+def _window(problem: ConvProblem, x: Tensor, seen: list[tuple[Run, ...]]) -> Tensor:
+    window = x.new_empty(problem.batch, problem.in_channels, *problem.out)
+    gather(x, seen, window)
+    return _split(window, 1, problem.groups)
 
 
 def _split(tensor: Tensor, dim: int, groups: int) -> Tensor:
@@ -60,22 +75,3 @@ def _split(tensor: Tensor, dim: int, groups: int) -> Tensor:
 
 def _per_channel(w: Tensor, dims: int) -> Tensor:
     return w.reshape(w.shape + (1,) * dims)  # [g, o] -> [g, o, 1, ...]
-
-
-def _whole(problem: ConvProblem) -> list[tuple[Run, ...]]:
-    sides = zip(problem.spatial, problem.padding, problem.padded, strict=True)
-    return [runs(size, pair, problem.padding_mode, 0, padded) for size, pair, padded in sides]
-
-
-def _padded(problem: ConvProblem, x: Tensor) -> Tensor:
-    padded = x.new_empty(problem.batch, problem.in_channels, *problem.padded)
-    gather(x, _whole(problem), padded)
-    return _split(padded, 1, problem.groups)
-
-
-def _taps(problem: ConvProblem, padded: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Every tap, and the view of the padded input [n, g, c, *out] that it multiplies."""
-    for tap in product(*map(range, problem.kernel)):
-        sides = zip(tap, problem.dilation, problem.stride, problem.out, strict=True)
-        window = [slice(k * d, k * d + (out - 1) * s + 1, s) for k, d, s, out in sides]
-        yield tap, padded[inner(window)]

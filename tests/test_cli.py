@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -102,6 +103,8 @@ def test_a_kernel_from_a_file():
         (["filter", "a.png", "--border", "mirror"], "borders are zeros, reflect"),
         (["filter", "a.png", "--device", "cuda:77"], "device 'cuda:77' is not there; this machine has cpu"),
         (["filter", "a.png", "--device", "toaster"], "device 'toaster' is not there"),
+        (["filter", "a.png", "--device", "meta"], "device 'meta' is not there; this machine has cpu"),
+        (["compare", "a.png", "--device", "meta"], "device 'meta' is not there; this machine has cpu"),
         (["filter", "a.png", "--out", "b.xyz"], "no picture format has the ending '.xyz'"),
         (["filter", "a.png", "--out", "none/b.png"], "none/b.png: No such file or directory"),
         (["train", "--dataset", "cifar"], "datasets are digits, mnist, fashion-mnist"),
@@ -109,7 +112,8 @@ def test_a_kernel_from_a_file():
         (["train", "--algorithm", "magic"], "choose one of auto"),
         (["compare", "none.png"], "none.png: No such file"),
         (["compare", "a.png", "--dataset", "cifar"], "datasets are"),
-        (["compare", "a.png", "--out", "a.png", "--epochs", "1"], "a.png: File exists"),
+        (["compare", "a.png", "--out", "a.png", "--epochs", "1"], "a.png: a.png is a file, not a folder"),
+        (["compare", "a.png", "--out", "a.png/b/c", "--epochs", "1"], "a.png/b/c: a.png is a file, not a folder"),
         (["explain", "n1 c3"], "lacks"),
         (["explain", "n1 c3 o3 x2x2 k3x3"], "Kernel size can't be greater"),
         (["explain", "n1 c3 o3 x9x9 k3x3", "--direction", "up"], "directions are forward"),
@@ -117,6 +121,78 @@ def test_a_kernel_from_a_file():
 )
 def test_what_a_person_can_mend_is_one_line(words, why):
     assert why in refused(*words)
+
+
+MISTYPED = [
+    (["train", "--epochs", "0"], "Invalid value for '--epochs': "),
+    (["train", "--epochs", "x"], "Invalid value for '--epochs': "),
+    (["train", "--bogus"], "No such option: --bogus"),
+    (["train", "--seed"], "--seed"),
+    (["bogus"], "No such command 'bogus'"),
+    (["filter", "a.png", "b.png"], "Got unexpected extra argument"),
+    (["explain"], "Missing argument"),
+    (["--bogus"], "No such option: --bogus"),
+]
+
+
+@pytest.mark.parametrize(("words", "why"), MISTYPED)
+def test_what_does_not_parse_is_one_line(words, why):
+    assert why in refused(*words)
+
+
+def test_the_program_says_it_in_one_line_too():
+    program = "import sys; from plainconv.__main__ import main; sys.argv = {!r}; main()"
+    result = process(program.format(["plainconv", "train", "--epochs", "0"]))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("plainconv: Invalid value for '--epochs'")
+    assert result.stderr.count("\n") == 1
+    helped = process(program.format(["plainconv", "train", "--help"]))
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "--epochs" in helped.stdout
+    alone = process(program.format(["plainconv"]))
+    assert "explain" in alone.stdout + alone.stderr
+    assert "plainconv: " not in alone.stderr
+
+
+def test_stopped_by_a_person_is_one_line(monkeypatch):
+    from plainconv import picture
+
+    def stop(*args, **kwargs):
+        raise typer.Abort
+
+    monkeypatch.setattr(picture, "apply", stop)
+    result = run("filter", "a.png")
+    assert (result.exit_code, result.stderr) == (1, "plainconv: stopped\n")
+
+
+def test_compare_with_a_kernel_that_the_picture_cannot_hold_is_one_line():
+    Image.fromarray(ARRAY[:1, :1]).save("dot.png")
+    assert refused("compare", "dot.png", "--epochs", "1", "--out", "deep/out") == (
+        "plainconv: a picture of 1x1 pixels cannot hold a kernel of 3x3\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("out", "why"), [("nodir/x.json", "nodir/x.json: there is no folder nodir"), (".", ".: not a regular file")]
+)
+def test_train_looks_at_its_target_before_it_trains(out, why, monkeypatch):
+    from plainconv import train
+
+    monkeypatch.setattr(train, "load", lambda *args: pytest.fail("too late"))
+    assert why in refused("train", "--out", out)
+
+
+def test_train_shows_its_table_even_if_the_records_cannot_be_written(monkeypatch):
+    from plainconv import cli
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(cli, "write_whole", full)
+    result = run("train", "--layer", "torch", "--epochs", "1", "--batch", "1437", "--out", "x.json")
+    assert result.exit_code == 2
+    assert "test accuracy" in result.stdout
+    assert result.stderr.endswith("plainconv: x.json: No space left on device\n")
 
 
 def test_a_broken_picture_is_one_line():

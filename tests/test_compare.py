@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from plainconv import compare
-from plainconv.compare import CUT, compare_filters, cut_out, spread
+from plainconv.compare import BEYOND, CUT, compare_filters, cut_out, spread
+from plainconv.files import InputError
 from plainconv.picture import KERNELS, Picture, named_or_typed
 from plainconv.plan import AlgorithmRefused, algorithms
 from plainconv.timing import Timing
@@ -37,6 +38,23 @@ def test_rows(kernel):
     scales = {row.name: row.scale for row in rows}
     assert scales.pop("loops") == pytest.approx(58 * 68 / (CUT - 2) ** 2)
     assert set(scales.values()) == {1.0}
+
+
+@pytest.mark.parametrize(("kh", "kw"), [(33, 33), (40, 2), (41, 3)])
+def test_the_cut_out_holds_a_large_kernel(kh, kw):
+    kernel = torch.rand(1, kh, kw, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / (kh * kw)
+    rows, made = compare_filters(Picture(PIXELS[:1, :41, :45]), kernel, seconds=0)
+    assert max(row.largest_error for row in rows) < 0.01
+    height, width = min(max(CUT, kh + BEYOND), 41), min(max(CUT, kw + BEYOND), 45)
+    assert made["loops"].pixels.shape == (1, height - kh + 1, width - kw + 1)
+    scale = next(row.scale for row in rows if row.name == "loops")
+    assert scale == pytest.approx((42 - kh) * (46 - kw) / made["loops"].pixels.numel())
+
+
+@pytest.mark.parametrize(("kh", "kw"), [(61, 1), (1, 71)])
+def test_a_kernel_that_the_picture_cannot_hold(kh, kw):
+    with pytest.raises(InputError, match=f"picture of 70x60 pixels cannot hold a kernel of {kw}x{kh}"):
+        compare_filters(Picture(PIXELS), torch.ones(1, kh, kw), seconds=0)
 
 
 def test_the_better_layout_counts_and_the_time_of_a_cut_out_is_scaled(monkeypatch):

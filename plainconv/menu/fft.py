@@ -40,6 +40,7 @@ from plainconv.menu.base import (
     summation_error,
     workspace_bytes,
 )
+from plainconv.menu.strips import keeps_sums
 from plainconv.problem import Direction, Request
 
 TILE_ELEMENTS = 1 << 16  # a tile of one channel, at most, unless the kernel alone is larger
@@ -58,19 +59,21 @@ class _Tiles(NamedTuple):
 @lru_cache(4096)
 def fast_length(least: int) -> int:
     """The smallest length of at least `least` whose only prime factors are 2, 3 and 5."""
-    length = max(least, 1)
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 1
+    best = 1 << max(least - 1, 0).bit_length()
+    fives = 1
+    while fives < best:
+        odd = fives
+        while odd < best:
+            best = min(best, odd << max(-(-least // odd) - 1, 0).bit_length())
+            odd *= 3
+        fives *= 5
+    return best
 
 
 def _transform(extent: int, outputs: int, stride: int, limit: int) -> int:
     """The length F that does least work for `outputs` places under a kernel that spans `extent`."""
+    if outputs == 1:
+        return fast_length(extent)
     whole = fast_length((outputs - 1) * stride + extent)
     candidates = {whole} if whole <= limit else set()
     length = fast_length(max(extent + stride - 1, limit // 2))  # shorter tiles would be all overhead
@@ -110,7 +113,8 @@ def _with_buffers(request: Request, dtype: torch.dtype, extents: list[int], tran
     )
     channels = problem.in_channels + problem.out_channels
     an_image = channels * (math.prod(transform) * dtype.itemsize + math.prod(spectrum) * frequency.itemsize)
-    images = max(1, min(problem.batch, (request.max_workspace // 8) // max(an_image, 1), 4096))
+    sums = math.prod(problem.input_shape[1:]) * dtype.itemsize if keeps_sums(request) else 0
+    images = max(1, min(problem.batch, (request.max_workspace // 8) // max(an_image + sums, 1), 4096))
     buffers = [
         Buffer((images, problem.in_channels, *transform), dtype),
         Buffer((images, problem.out_channels, *transform), dtype),
@@ -119,7 +123,7 @@ def _with_buffers(request: Request, dtype: torch.dtype, extents: list[int], tran
         Buffer((images, problem.out_channels, *spectrum), frequency),
         Buffer((problem.out_channels, problem.group_in, *spectrum), frequency),
     ]
-    if request.direction is Direction.GRAD_INPUT and dtype != request.dtype:
+    if keeps_sums(request):
         buffers.append(Buffer((images, problem.in_channels, *problem.spatial), dtype))
     return _Tiles(transform, outputs, images, tuple(buffers))
 

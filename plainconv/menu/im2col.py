@@ -39,7 +39,7 @@ def _columns(problem: ConvProblem) -> strips.Strips:
     return strips.Strips(tuple(strips.taps(problem)), (0,) * problem.dims)
 
 
-def _multiply(request: Request, xs: Tensor, w: Tensor, y: Tensor) -> None:
+def _multiply(request: Request, lengths: tuple[int, ...], xs: Tensor, w: Tensor, y: Tensor) -> None:
     columns = xs.flatten(1, 2)  # [g, taps*c, m*S]
     w_rows = w.permute(0, 2, 1, 3)  # [g, o, taps, c]
     if request.direction is Direction.FORWARD:

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from plainconv.border import runs
+from plainconv.border import Run, runs
 from plainconv.menu.base import INTEGERS, Algorithm, Cost, Tensors, compute_dtype
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -28,8 +28,7 @@ Number = int | float | complex
 
 def _products(problem: ConvProblem) -> Iterator[tuple[int, int, int]]:
     """Index triples (x, w, y) into the flat tensors, one for each product; -1 for x where the padding is zero."""
-    sides = zip(problem.spatial, problem.padding, problem.padded, strict=True)
-    shown = [_shown(size, pair, problem.padding_mode, padded) for size, pair, padded in sides]
+    shown = _shown(problem)
     steps = [math.prod(problem.spatial[dim + 1 :]) for dim in range(problem.dims)]
     places, area = list(product(*map(range, problem.out))), math.prod(problem.spatial)
     taps = list(product(*map(range, problem.kernel)))
@@ -39,10 +38,8 @@ def _products(problem: ConvProblem) -> Iterator[tuple[int, int, int]]:
             iy = (n * problem.out_channels + out_channel) * len(places) + p
             for k, tap in enumerate(taps):
                 within = 0
-                for row, i, j, s, d, step in zip(
-                    shown, place, tap, problem.stride, problem.dilation, steps, strict=True
-                ):
-                    source = row[i * s + j * d]
+                for rows, i, j, step in zip(shown, place, tap, steps, strict=True):
+                    source = rows[j][i]
                     within = -1 if source < 0 or within < 0 else within + source * step
                 for c in range(problem.group_in):
                     in_channel = g * problem.group_in + c
@@ -50,12 +47,19 @@ def _products(problem: ConvProblem) -> Iterator[tuple[int, int, int]]:
                     yield ix, (out_channel * problem.group_in + c) * len(taps) + k, iy
 
 
-def _shown(size: int, padding: tuple[int, int], mode: str, padded: int) -> list[int]:
-    """Which element of the input every place of the padded row shows, -1 for zero."""
-    row = []
-    for run in runs(size, padding, mode, 0, padded):
-        row += [run.source + run.step * i if run.source >= 0 else -1 for i in range(run.length)]
-    return row
+def _shown(problem: ConvProblem) -> list[list[list[int]]]:
+    """For each dimension, tap and output place: the element of the input that is read there, -1 for a zero."""
+    shown = []
+    for size, padding, kernel, out, stride, dilation in zip(
+        problem.spatial, problem.padding, problem.kernel, problem.out, problem.stride, problem.dilation, strict=True
+    ):
+        strips = [runs(size, padding, problem.padding_mode, k * dilation, out, stride) for k in range(kernel)]
+        shown.append([[_element(run, i) for run in strip for i in range(run.length)] for strip in strips])
+    return shown
+
+
+def _element(run: Run, i: int) -> int:
+    return run.source + run.step * i if run.source >= 0 else -1
 
 
 def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -53,10 +53,10 @@ def _phases(problem: ConvProblem) -> strips.Strips:
 
 
 @lru_cache(1024)
-def _moves(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
+def _moves(problem: ConvProblem, lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """For every tap, the index of its phase and how far it moves in the flat row of that phase."""
-    offsets, pitch = _phases(problem).offsets, strips.pitch(problem, _phases(problem), 1)
-    weights = [math.prod(pitch[dim + 1 :]) for dim in range(problem.dims)]
+    offsets = _phases(problem).offsets
+    weights = [math.prod(lengths[dim + 1 :]) for dim in range(problem.dims)]
     moves = []
     for place in strips.taps(problem):
         phase = tuple(p % s for p, s in zip(place, problem.stride, strict=True))
@@ -65,8 +65,8 @@ def _moves(problem: ConvProblem) -> tuple[tuple[int, int], ...]:
     return tuple(moves)
 
 
-def _multiply(request: Request, xs: Tensor, w: Tensor, ys: Tensor) -> None:
-    moves = _moves(request.problem)
+def _multiply(request: Request, lengths: tuple[int, ...], xs: Tensor, w: Tensor, ys: Tensor) -> None:
+    moves = _moves(request.problem, lengths)
     length = ys.shape[2] - moves[-1][1]  # the last tap moves farthest
     y = ys[:, :, :length]  # [g, o, L]
     for tap, (phase, move) in enumerate(moves):
@@ -82,7 +82,7 @@ def _multiply(request: Request, xs: Tensor, w: Tensor, ys: Tensor) -> None:
 def _cost(request: Request) -> Cost:
     problem, phases = request.problem, _phases(request.problem)
     plan = strips.layout(request, phases)
-    pitch = math.prod(strips.pitch(problem, phases, plan.rows))
+    pitch = math.prod(strips.pitch(phases, plan.block))
     slabs, columns = plan.slabs(problem), plan.images * pitch
     multiplies = slabs * columns * problem.out_channels * problem.group_in * problem.taps
     size = compute_dtype(request.dtype).itemsize

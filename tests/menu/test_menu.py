@@ -257,8 +257,8 @@ def test_a_skipped_tap_inside_an_algorithm_is_caught(monkeypatch):
     from plainconv.menu import shift, strips
 
     asked = request(ConvProblem.parse(FOR_EVERY_DTYPE[0]), Direction.FORWARD, torch.float32)
-    moves, taps = shift._moves(asked.problem), tuple(strips.taps(asked.problem))
-    monkeypatch.setattr(shift, "_moves", lambda problem: (moves[1], *moves[1:]))
+    correct, taps = shift._moves, tuple(strips.taps(asked.problem))
+    monkeypatch.setattr(shift, "_moves", lambda *at: (correct(*at)[1], *correct(*at)[1:]))
     with pytest.raises(AssertionError, match="elements differ"):
         check(BY_NAME["shift"], asked)
     from plainconv.menu import im2col
@@ -284,6 +284,38 @@ def pieces(algorithm, asked):
         return torch.Size(counts).numel() * -(-asked.problem.batch // tiles.images)
     walk = {"shift": shift._phases, "im2col": im2col._columns}[algorithm.name](asked.problem)
     return strips.layout(asked, walk).slabs(asked.problem)
+
+
+@directions
+@pytest.mark.parametrize("name", ["shift", "im2col"])
+@pytest.mark.parametrize("text", ["n1 c3 o4 x9x40 k3x3 p1", "n1 c2 o2 x4x17x30 k2x3x3 s1x2x1 p1 mreplicate"])
+def test_a_tiny_workspace_cuts_every_dimension(name, direction, text):
+    from plainconv.menu import im2col, shift, strips
+
+    asked = dataclasses.replace(request(ConvProblem.parse(text), direction, torch.float32), max_workspace=4096)
+    walk = {"shift": shift._phases, "im2col": im2col._columns}[name](asked.problem)
+    assert strips.layout(asked, walk).block[1] < asked.problem.out[1]
+    check(BY_NAME[name], asked, integers)
+    check(BY_NAME[name], asked, reals)
+
+
+@pytest.mark.parametrize("name", ["shift", "im2col"])
+@pytest.mark.parametrize("text", ["n1 c256 o256 x64x64x64 k7x7x7 p3", "n1 c512 o512 x32x160x160 k3x3x3 p1"])
+def test_wide_volumes_are_cut_until_the_workspace_holds_them(name, text):
+    asked = request(ConvProblem.parse(text), Direction.FORWARD, torch.float32)
+    assert BY_NAME[name].cost(asked).workspace <= asked.max_workspace
+
+
+@directions
+@pytest.mark.parametrize(
+    "text", ["n1 c3 o4 x8x8 k3x3 s1099511627776", "n1 c1 o1 x9 k3 s268435456 p268435456 d268435456"]
+)
+def test_huge_strides_and_paddings_cost_nothing(direction, text):
+    """Neither the choice nor the work may depend on how far apart the places are that are never read."""
+    asked = request(ConvProblem.parse(text), direction, torch.float32)
+    for algorithm in ALGORITHMS:
+        if algorithm.why_not(asked) is None and algorithm.cost(asked).workspace < 1 << 20:
+            check(algorithm, asked, integers)
 
 
 @cut

@@ -1,0 +1,33 @@
+"""What the project claims of itself, held to the records in results/."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def load(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mnist_ends_within_a_point_of_torch_and_above_93_percent(seed):
+    record = load(f"mnist-seed-{seed}.json")
+    assert (record["dataset"], record["epochs"], record["batch"], record["seed"]) == ("mnist", 5, 1000, seed)
+    ours, theirs = (record["runs"][name][-1]["accuracy"] for name in ("plainconv", "torch"))
+    assert abs(ours - theirs) < 0.01
+    assert min(ours, theirs) > 0.93
+
+
+def test_digits_end_above_90_percent():
+    training = load("compare.json")["training"]
+    assert training["dataset"] == "digits"
+    assert min(points[-1]["accuracy"] for points in training["runs"].values()) > 0.9
+
+
+def test_shift_is_never_slower_than_the_seed():
+    records = load("shift_against_seed.json")["records"]
+    assert len(records) == 18
+    assert min(record["ratio"] for record in records) >= 1
