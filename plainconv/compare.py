@@ -147,16 +147,19 @@ def compare_filters(picture: Picture, kernel: Tensor, *, seconds: float = 8.0) -
     calls: dict[str, Callable[[], Tensor]] = {}
     for name in ("torch", "auto", *algorithms()):
         small = name == "loops"
+        y, refused = None, ""
         for layout, memory_format in LAYOUTS.items():
             image = (cut if small else x).contiguous(memory_format=memory_format)
             w = weight.contiguous(memory_format=memory_format)
-            calls[f"{name} {layout}"] = _caller(name, image, w)
-        try:
-            y = calls[f"{name} contiguous"]()
-        except AlgorithmRefused as why:
-            rows[name] = Row(name, refused=str(why))
-            for layout in LAYOUTS:
-                del calls[f"{name} {layout}"]
+            call = _caller(name, image, w)
+            try:
+                y = call()
+            except AlgorithmRefused as why:  # some serve only one of the layouts
+                refused = str(why)
+            else:
+                calls[f"{name} {layout}"] = call
+        if y is None:
+            rows[name] = Row(name, refused=refused)
             continue
         error = float((y.double() - (exact_cut if small else exact)).abs().max())
         rows[name] = Row(name, scale=scale if small else 1.0, largest_error=error)
@@ -164,7 +167,8 @@ def compare_filters(picture: Picture, kernel: Tensor, *, seconds: float = 8.0) -
 
     timings = in_turn(calls, seconds=seconds)
     for name in made:
-        both = {layout: _scaled(timings[f"{name} {layout}"], rows[name].scale) for layout in LAYOUTS}
+        served = [layout for layout in LAYOUTS if f"{name} {layout}" in timings]
+        both = {layout: _scaled(timings[f"{name} {layout}"], rows[name].scale) for layout in served}
         layout = min(both, key=lambda which: both[which].median_s)
         rows[name] = Row(
             name, both[layout], layout, both, scale=rows[name].scale, largest_error=rows[name].largest_error

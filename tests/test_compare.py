@@ -25,8 +25,11 @@ def test_spread_leads_each_channel_to_itself():
 @pytest.mark.parametrize("kernel", ["emboss", "sobel"])
 def test_rows(kernel):
     rows, made = compare_filters(Picture(PIXELS), named_or_typed(kernel), seconds=0)
-    assert [row.name for row in rows] == ["torch", "auto", *algorithms()] == list(made)
-    for row in rows:
+    assert [row.name for row in rows] == ["torch", "auto", *algorithms()]
+    refused = {row.name: row.refused for row in rows if row.refused}
+    assert set(refused) <= {"depthwise"}, "each colour by itself is a dense convolution here"
+    assert list(made) == [row.name for row in rows if not row.refused]
+    for row in (row for row in rows if not row.refused):
         assert row.largest_error < 0.01
         assert row.timing == min(row.both.values(), key=lambda timing: timing.median_s)
         assert row.layout in ("contiguous", "channels_last")
@@ -35,7 +38,7 @@ def test_rows(kernel):
             assert torch.allclose(made[row.name].pixels, whole, atol=0.01)
     assert made["torch"].pixels.shape == (3, 58, 68)
     assert made["loops"].pixels.shape == (3, CUT - 2, CUT - 2)
-    scales = {row.name: row.scale for row in rows}
+    scales = {row.name: row.scale for row in rows if not row.refused}
     assert scales.pop("loops") == pytest.approx(58 * 68 / (CUT - 2) ** 2)
     assert set(scales.values()) == {1.0}
 
