@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
+from plainconv.menu.base import Tensors
 from plainconv.plan import AUTO, Plan, plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 
@@ -128,7 +129,7 @@ def _compute(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
         return out
     if first.numel() == 0 or second.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * (out.dim() - 2)).expand_as(out))
-    chosen((_regular(first), _regular(second), bias), out)
+    chosen(Tensors(_regular(first), _regular(second), bias), out)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors
+from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
 
 AUTO = "auto"
@@ -45,6 +45,8 @@ class Plan:
     def __call__(self, tensors: Tensors, out: Tensor) -> None:
         workspace = torch.empty(self.cost.workspace, dtype=torch.uint8, device=out.device)
         self.algorithm.run(self.request, tensors, out, workspace)
+        if not self.algorithm.fuses:
+            finish(self.request, tensors, out)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def _verdict(algorithm: Algorithm, request: Request) -> Verdict:
     if sentence := algorithm.why_not(request):
         return Verdict(algorithm, None, sentence)
     cost = algorithm.cost(request)
+    if not algorithm.fuses:
+        cost = cost._replace(seconds=cost.seconds + finish_seconds(request))
     if cost.workspace > request.max_workspace:
         sentence = f"it needs {_bytes(cost.workspace)} of workspace, and {_bytes(request.max_workspace)} are allowed"
         return Verdict(algorithm, None, sentence)

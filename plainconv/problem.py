@@ -21,6 +21,7 @@ import torch
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 DEFAULT_MAX_WORKSPACE = 1 << 30
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "gelu")
 
 Pair = tuple[int, int]
 
@@ -272,7 +273,10 @@ class ConvProblem:
 class Request:
     """Everything that the choice of an algorithm may depend on; values of tensors are not among it.
 
-    channels_last and has_bias speak of the tensor to be made; max_workspace is in bytes.
+    What is made is  activation(convolution + bias + residual),  each of the three if it is there: a bias has one value
+    for each channel, a residual the shape and memory format of the result, and activation is one of ACTIVATIONS
+    (leaky_relu with slope 0.01, gelu with erf).  channels_last speaks of the result; max_workspace is in bytes;
+    allow_builtin lets torch's own convolution compete.
     """
 
     problem: ConvProblem
@@ -283,6 +287,19 @@ class Request:
     has_bias: bool = False
     threads: int = 1
     max_workspace: int = DEFAULT_MAX_WORKSPACE
+    activation: str | None = None
+    has_residual: bool = False
+    allow_builtin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is None:
+            return
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None or one of {ACTIVATIONS}, but got {self.activation!r}")
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"activation={self.activation!r} is for floating types, but the tensors are {self.dtype}")
 
     def __str__(self) -> str:
-        return f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
+        told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
+        told += " + residual" if self.has_residual else ""
+        return told if self.activation is None else f"{told}, {self.activation}"

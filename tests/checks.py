@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plainconv import reference
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import INTEGERS, Algorithm, compute_dtype
+from plainconv.menu.base import INTEGERS, Algorithm, Tensors, compute_dtype, finish
 from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
 DIRECTIONS = tuple(Direction)
@@ -31,6 +31,17 @@ EVERYWHERE = tuple(name for name in BY_NAME if name not in FORWARD_ONLY)
 GUARD = 4096  # bytes before and behind the workspace
 CANARY = 0xA5
 LOOPS_LIMIT = 20_000  # products that `loops` is given, at most
+ACTIVATIONS = {  # the definitions, in the type of their argument
+    None: lambda t: t,
+    "relu": lambda t: t.clamp(min=0),
+    "relu6": lambda t: t.clamp(0, 6),
+    "leaky_relu": lambda t: torch.where(t < 0, 0.01 * t, t),
+    "hardswish": lambda t: t * (t + 3).clamp(0, 6) / 6,
+    "sigmoid": lambda t: 1 / (1 + (-t).exp()),
+    "silu": lambda t: t / (1 + (-t).exp()),
+    "gelu": lambda t: t / 2 * (1 + torch.erf(t / math.sqrt(2))),
+}
+STEEPEST = 1.5  # slope of any of them
 
 _MAKERS = {
     Direction.FORWARD: reference.forward,
@@ -140,12 +151,20 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
 
 
-def given(asked: Request, values: object = integers, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tensors for a request: the two that its direction is given, and a bias if it has one."""
+def given(asked: Request, values: object = integers, seed: int = 0) -> Tensors:
+    """Tensors for a request: the two that its direction is given, and a bias and a residual if it has them."""
     first, second = (asked.problem.shape_of(role) for role in asked.direction.given)
-    makes = asked.problem.shape_of(asked.direction.makes)[1]
-    bias = values((makes,), asked.dtype, seed + 2) if asked.has_bias else None  # type: ignore[operator]
-    return values(first, asked.dtype, seed), values(second, asked.dtype, seed + 1), bias  # type: ignore[operator]
+    makes = asked.problem.shape_of(asked.direction.makes)
+    bias = values(makes[1:2], asked.dtype, seed + 2) if asked.has_bias else None  # type: ignore[operator]
+    residual = values(makes, asked.dtype, seed + 3) if asked.has_residual else None  # type: ignore[operator]
+    if residual is not None and asked.channels_last:
+        residual = channels_last(residual)
+    return Tensors(
+        values(first, asked.dtype, seed),  # type: ignore[operator]
+        values(second, asked.dtype, seed + 1),  # type: ignore[operator]
+        bias,
+        residual,
+    )
 
 
 # -- what is right ---------------------------------------------------------------------------------------------------
@@ -158,28 +177,58 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64)
 
 
-def exact(asked: Request, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The result by definition, in a wide type."""
+def sums(
+    asked: Request, first: Tensor, second: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """What the activation is applied to, by definition, in a wide type."""
     result = _MAKERS[asked.direction](asked.problem, wide(first), wide(second))
-    return result if bias is None else result + wide(bias).view(-1, *(1,) * asked.problem.dims)
+    if bias is not None:
+        result = result + wide(bias).view(-1, *(1,) * asked.problem.dims)
+    return result if residual is None else result + wide(residual)
 
 
-def tolerance(algorithm: Algorithm, asked: Request, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+def exact(
+    asked: Request, first: Tensor, second: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The result by definition, in a wide type."""
+    return ACTIVATIONS[asked.activation](sums(asked, first, second, bias, residual))
+
+
+def tolerance(
+    algorithm: Algorithm,
+    asked: Request,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """How far each element of a result may lie from the exact one; the only tolerance there is.
 
     algorithm.error(request) * eps(type of the sums) * sum of |products|, and, where the result has a narrower type
     than the sums, half its eps times that sum for the one rounding at the end (half the smallest number, if that is
     more).  An algorithm that rounds everywhere (fft) is held to the largest such sum instead of each one's own, or to
     the largest product there is, if no sum contains it: that is what its page says.
+
+    A residual adds its own size to the sum of |products|, and its addition one unit of eps; an activation makes
+    differences STEEPEST times as large, and is itself right to 8 units of eps of what it is applied to (and of 1, for
+    sigmoid).  Where they are not fused, a narrower result is rounded once more for each.
     """
-    sums = exact(asked, first.abs(), second.abs(), None if bias is None else bias.abs())
-    if algorithm.name in ROUNDING and sums.numel():
-        sums = torch.maximum(sums.amax(), wide(first).abs().amax() * wide(second).abs().amax()).expand_as(sums)
-    kept = compute_dtype(asked.dtype)
-    bound = algorithm.error(asked) * torch.finfo(kept).eps * sums
+    parts = sums(asked, first.abs(), second.abs(), None if bias is None else bias.abs())
+    if algorithm.name in ROUNDING and parts.numel():
+        parts = torch.maximum(parts.amax(), wide(first).abs().amax() * wide(second).abs().amax()).expand_as(parts)
+    kept, steps = compute_dtype(asked.dtype), asked.has_residual + (asked.activation is not None)
+    eps = torch.finfo(kept).eps
+    bound = algorithm.error(asked) * eps * parts
+    if residual is not None:
+        parts = parts + wide(residual).abs()
+        bound = bound + eps * parts
+    if asked.activation is not None:
+        parts = STEEPEST * parts + 1
+        bound = STEEPEST * bound + 8 * eps * parts
     if kept != asked.dtype:
         narrow = torch.finfo(asked.dtype)
-        bound = bound + (narrow.eps / 2 * sums).clamp_min(narrow.tiny * narrow.eps / 2)
+        rounded = (narrow.eps / 2 * parts).clamp_min(narrow.tiny * narrow.eps / 2)
+        bound = bound + rounded * (1 if algorithm.fuses else 1 + steps * STEEPEST)
     return bound
 
 
@@ -191,8 +240,16 @@ def poison(tensor: Tensor) -> Tensor:
     return tensor.fill_(math.nan if tensor.dtype not in INTEGERS else 0x5A)
 
 
-def result_of(algorithm: Algorithm, asked: Request, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+def result_of(
+    algorithm: Algorithm,
+    asked: Request,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Run the algorithm as the contract says: poisoned result, guarded and poisoned workspace of the declared size."""
+    tensors = Tensors(first, second, bias, residual)
     out = torch.empty(asked.problem.shape_of(asked.direction.makes), dtype=asked.dtype)
     if asked.channels_last:
         out = channels_last(out)
@@ -201,14 +258,16 @@ def result_of(algorithm: Algorithm, asked: Request, first: Tensor, second: Tenso
     block = torch.full((GUARD + size + GUARD,), CANARY, dtype=torch.uint8)
     workspace = block[GUARD : GUARD + size]
     workspace.fill_(0xFF)  # NaN in every floating type
-    strides, before = out.stride(), [t if t is None else t.clone() for t in (first, second, bias)]
-    algorithm.run(asked, (first, second, bias), out, workspace)
+    strides, before = out.stride(), [t if t is None else t.clone() for t in tensors]
+    algorithm.run(asked, tensors, out, workspace)
+    if not algorithm.fuses:
+        finish(asked, tensors, out)
     told = f"{algorithm.name}: {asked}"
     assert bool((block[:GUARD] == CANARY).all() and (block[GUARD + size :] == CANARY).all()), (
         f"{told}: wrote outside its workspace of {size} bytes"
     )
     assert out.stride() == strides, f"{told}: changed the strides of the result"
-    for tensor, copy in zip((first, second, bias), before, strict=True):
+    for tensor, copy in zip(tensors, before, strict=True):
         assert tensor is None or same(tensor, copy), f"{told}: wrote into an argument"  # type: ignore[arg-type]
     return out
 
@@ -228,11 +287,11 @@ def check(
     seed: int = 0,
 ) -> None:
     """Hold one algorithm to the definition on one request."""
-    first, second, bias = given(asked, values, seed)
+    tensors = given(asked, values, seed)
     if layout is not None:
-        first, second = layout(first), layout(second)  # type: ignore[operator]
-    result = result_of(algorithm, asked, first, second, bias)
-    compare(algorithm, asked, result, first, second, bias, to_the_bit=values is integers)
+        tensors = tensors._replace(first=layout(tensors.first), second=layout(tensors.second))  # type: ignore[operator]
+    result = result_of(algorithm, asked, *tensors)
+    compare(algorithm, asked, result, *tensors, to_the_bit=values is integers)
 
 
 def compare(
@@ -241,11 +300,14 @@ def compare(
     result: Tensor,
     first: Tensor,
     second: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
     to_the_bit: bool,
 ) -> None:
     told = f"{algorithm.name}: {asked}" + (" with bias" if asked.has_bias else "")
-    expected = exact(asked, first, second, bias)
+    expected = exact(asked, first, second, bias, residual)
+    to_the_bit = to_the_bit and asked.activation in (None, "relu", "relu6")
     assert result.shape == expected.shape, f"{told}: shape {tuple(result.shape)}, not {tuple(expected.shape)}"
     if to_the_bit and algorithm.name not in ROUNDING:
         rounded = expected.to(asked.dtype)
@@ -257,7 +319,7 @@ def compare(
                 f"first at {where}: {result[where].item()}, not {rounded[where].item()}"
             )
         return
-    error, bound = (wide(result) - expected).abs(), tolerance(algorithm, asked, first, second, bias)
+    error, bound = (wide(result) - expected).abs(), tolerance(algorithm, asked, first, second, bias, residual)
     wrong = ~(error <= bound)  # a NaN is wrong
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
@@ -276,13 +338,12 @@ def refuses(algorithm: Algorithm, asked: Request) -> bool:
 def dropping_a_tap(algorithm: Algorithm) -> Algorithm:
     """The same algorithm, but blind to the last tap of the kernel: no check may pass it."""
 
-    def run(asked: Request, tensors: tuple[Tensor, Tensor, Tensor | None], out: Tensor, workspace: Tensor) -> None:
-        first, second, bias = tensors
+    def run(asked: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         last = (..., *(size - 1 for size in asked.problem.kernel))
         if asked.direction is not Direction.GRAD_WEIGHT:
-            second = second.clone()
-            second[last] = 0
-        algorithm.run(asked, (first, second, bias), out, workspace)
+            tensors = tensors._replace(second=tensors.second.clone())
+            tensors.second[last] = 0
+        algorithm.run(asked, tensors, out, workspace)
         if asked.direction is Direction.GRAD_WEIGHT:
             out[last] = 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import plainconv
 from plainconv import plan as plans
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import DTYPES, INTEGERS
+from plainconv.menu.base import DTYPES, INTEGERS, Tensors
 from plainconv.plan import AlgorithmRefused, check_algorithm, explain_request, plan
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -172,7 +172,7 @@ def test_a_plan_runs():
     asked = request(SMALL, Direction.FORWARD, torch.float32, has_bias=True)
     x, w, bias = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3), torch.randn(3)
     out = torch.full((1, 3, 8, 8), float("nan"))
-    plan(asked)((x, w, bias), out)
+    plan(asked)(Tensors(x, w, bias), out)
     torch.testing.assert_close(out, torch.nn.functional.conv2d(x, w, bias, padding=1))
 
 

@@ -15,15 +15,35 @@ of a kernel: what does not change the text is not compiled twice.
     text = e.module()                                   # define void @kernel(ptr %args, i64 %begin, i64 %end)
 
 Offsets are 64-bit and count elements.  Tails are masks: `e.tail(left)` has its first `left` lanes set.
+
+Memory may hold another type than the accumulators: `e.load(x, at, stored="bfloat")` and `e.store(y, out, at,
+stored="bfloat")` convert on the way, and `e.broadcast(e.scalar(w, at, "bfloat"))` is a vector of one such number.
+Widening is exact; narrowing rounds to the nearest, ties to even, keeps NaN, and flushes no denormals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 SCALARS = {"float": 4, "double": 8, "half": 2, "bfloat": 2, "ptr": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1}
-SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "i64": "i64"}
+SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "i64": "i64", "i16": "i16", "i32": "i32"}
+HALVES = ("half", "bfloat")  # types of memory only: they are computed with as float
+
+
+class _Processor(Protocol):
+    """What of a compile.Target matters here."""
+
+    @property
+    def machine(self) -> str: ...
+    def has(self, feature: str) -> bool: ...
+
+
+def natives(target: _Processor) -> frozenset[str]:
+    """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products)."""
+    half = target.machine == "aarch64" or target.has("f16c")
+    return frozenset({"half"} if half else ()) | frozenset({"pairs"} if target.has("avx512bf16") else ())
 
 
 @dataclass(frozen=True)
@@ -71,10 +91,11 @@ class Emit:
     """Builds one kernel: void kernel(ptr args, i64 begin, i64 end), args an array of 64-bit pointers and integers.
 
     lanes: elements of a vector.  element: LLVM type of the accumulators, "float" or "double".
+    native: `natives(target)`; without "half" such numbers are converted by integer arithmetic, which runs anywhere.
     """
 
-    def __init__(self, lanes: int, element: str = "float") -> None:
-        self.lanes, self.element = lanes, element
+    def __init__(self, lanes: int, element: str = "float", native: frozenset[str] = frozenset()) -> None:
+        self.lanes, self.element, self.native = lanes, element, native
         self.vector = f"<{lanes} x {element}>"
         self._lines: list[str] = ["entry:"]
         self._declared: dict[str, str] = {}
@@ -250,26 +271,43 @@ class Emit:
         self._lines.insert(1, f"  {name} = alloca [{count} x {type_}], align 64")
         return Value(self, name, "ptr")
 
-    def load(self, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> Value:
-        """A vector; lanes outside the mask are zero and are not read."""
-        address, align = self.at(pointer, offset), SCALARS[self.element]
-        if mask is None:
-            return self._emit(f"load {self.vector}, ptr {address.text}, align {align}", self.vector)
-        suffix = f"v{self.lanes}{SUFFIX[self.element]}.p0"
-        alignment = Value(self, str(align), "i32")
-        return self._call(f"llvm.masked.load.{suffix}", self.vector, address, alignment, mask, self.zero)
+    def load(
+        self, pointer: Value, offset: Value | int = 0, mask: Value | None = None, stored: str | None = None
+    ) -> Value:
+        """A vector of accumulators, read from elements of type `stored`; lanes outside the mask are zero, not read."""
+        stored = stored or self.element
+        # Half types are moved as integers: not every target has an instruction for a vector of them.
+        return self.widen(self._load(self.at(pointer, offset, stored), _carrier(stored), mask), stored)
 
-    def store(self, value: Value, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> None:
-        """Write a vector; lanes outside the mask are not touched."""
-        address, align = self.at(pointer, offset), SCALARS[self.element]
+    def _load(self, address: Value, type_: str, mask: Value | None) -> Value:
+        vector, align = f"<{self.lanes} x {type_}>", SCALARS[type_]
         if mask is None:
-            self._lines.append(f"  store {self.vector} {value.text}, ptr {address.text}, align {align}")
+            return self._emit(f"load {vector}, ptr {address.text}, align {align}", vector)
+        name, alignment = f"llvm.masked.load.v{self.lanes}{SUFFIX[type_]}.p0", Value(self, str(align), "i32")
+        return self._call(name, vector, address, alignment, mask, Value(self, "zeroinitializer", vector))
+
+    def store(
+        self,
+        value: Value,
+        pointer: Value,
+        offset: Value | int = 0,
+        mask: Value | None = None,
+        stored: str | None = None,
+    ) -> None:
+        """Write a vector of accumulators as elements of type `stored`; lanes outside the mask are not touched."""
+        stored = stored or self.element
+        value, address, align = self.narrow(value, stored), self.at(pointer, offset, stored), SCALARS[stored]
+        if mask is None:
+            self._lines.append(f"  store {value.type} {value.text}, ptr {address.text}, align {align}")
             return
-        suffix = f"v{self.lanes}{SUFFIX[self.element]}.p0"
+        suffix = f"v{self.lanes}{SUFFIX[_carrier(stored)]}.p0"
         self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
 
     def gather(self, pointer: Value, places: Value, mask: Value | None, type_: str | None = None) -> Value:
-        """Lane i is element places[i]; lanes outside the mask are zero and are not read."""
+        """Lane i is element places[i]; lanes outside the mask are zero and are not read.
+
+        `widen` makes accumulators of what was gathered as another type.
+        """
         type_ = type_ or self.element
         pointers, vector = f"<{self.lanes} x ptr>", f"<{self.lanes} x {type_}>"
         each = self._emit(f"getelementptr {type_}, ptr {pointer.text}, {places.type} {places.text}", pointers)
@@ -282,14 +320,18 @@ class Emit:
 
     def tail(self, left: Value | int) -> Value:
         """A mask whose first `left` lanes are set (all, if left is larger)."""
-        return self._mask(self._bits_below(left))
+        return self.mask(self._bits_below(left))
 
     def within(self, first: Value | int, size: Value | int) -> Value:
         """A mask of the lanes i with 0 <= first + i < size."""
+        return self.mask(self.bits_within(first, size))
+
+    def bits_within(self, first: Value | int, size: Value | int) -> Value:
+        """The same as bits of an integer, which can be kept in memory."""
         first = self.number(first)
         below, before = self._bits_below(size - first), self._bits_below(0 - first)
         outside = self._emit(f"xor i64 {before.text}, -1", "i64")
-        return self._mask(self._emit(f"and i64 {below.text}, {outside.text}", "i64"))
+        return self._emit(f"and i64 {below.text}, {outside.text}", "i64")
 
     def _bits_below(self, count: Value | int) -> Value:
         """An integer whose first `count` bits are set, at most one a lane."""
@@ -297,16 +339,20 @@ class Emit:
         one_more = self._emit(f"shl i64 1, {count.text}", "i64")
         return self._emit(f"sub i64 {one_more.text}, 1", "i64")
 
-    def _mask(self, bits: Value) -> Value:
+    def mask(self, bits: Value) -> Value:
+        """The lanes whose bits are set."""
         narrow = self._emit(f"trunc i64 {bits.text} to i{self.lanes}", f"i{self.lanes}")
         mask = f"<{self.lanes} x i1>"
         return self._emit(f"bitcast {narrow.type} {narrow.text} to {mask}", mask)
 
-    def places(self, first: Value, step: int) -> Value:
+    def places(self, first: Value, step: Value | int) -> Value:
         """The integers first, first + step, ..., one a lane."""
         each = self._splat(first)
-        steps = ", ".join(f"i64 {step * lane}" for lane in range(self.lanes))
-        return self._emit(f"add {each.type} {each.text}, <{steps}>", each.type)
+        if isinstance(step, int):
+            steps = ", ".join(f"i64 {step * lane}" for lane in range(self.lanes))
+            return self._emit(f"add {each.type} {each.text}, <{steps}>", each.type)
+        lanes = Value(self, "<" + ", ".join(f"i64 {lane}" for lane in range(self.lanes)) + ">", each.type)
+        return self.move_places(self.scale_places(lanes, step), first)
 
     def load_places(self, pointer: Value, offset: Value) -> Value:
         """A vector of i64, as `places` and `gather` speak of."""
@@ -321,6 +367,10 @@ class Emit:
     def move_places(self, places: Value, by: Value) -> Value:
         """Every place, moved by the same distance."""
         return self._emit(f"add {places.type} {places.text}, {self._splat(by).text}", places.type)
+
+    def scale_places(self, places: Value, by: Value) -> Value:
+        """Every place, multiplied by the same number."""
+        return self._emit(f"mul {places.type} {places.text}, {self._splat(by).text}", places.type)
 
     def either(self, mask: Value, a: Value, b: Value) -> Value:
         """Lanes of a where the mask is set, else of b; a scalar stands for all lanes."""
@@ -360,8 +410,15 @@ class Emit:
     # -- vectors -----------------------------------------------------------------------------------------------------
 
     def broadcast(self, value: Value) -> Value:
-        """A vector of one scalar."""
-        return self._splat(value)
+        """A vector of one scalar; one of a half type becomes accumulators."""
+        if value.type == "bfloat":
+            # The number in both halves of each lane, then the lower one shifted out: no detour by a scalar register.
+            pair, twice = f"<{2 * self.lanes} x bfloat>", f"<{2 * self.lanes} x i32> zeroinitializer"
+            one = self._emit(f"insertelement {pair} poison, bfloat {value.text}, i32 0", pair)
+            both = self._emit(f"shufflevector {pair} {one.text}, {pair} poison, {twice}", pair)
+            lanes = self._cast("bitcast", both, f"<{self.lanes} x i32>")
+            return self._cast("bitcast", self._bits("shl", lanes, 16), self.vector)
+        return self.widen(self._splat(value), value.type) if value.type == "half" else self._splat(value)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once if the processor can."""
@@ -370,3 +427,137 @@ class Emit:
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
         return self._emit(f"fadd {self.vector} {a.text}, {b.text}", self.vector)
+
+    # -- half types --------------------------------------------------------------------------------------------------
+
+    def widen(self, value: Value, stored: str) -> Value:
+        """Accumulators, from a vector or a scalar of type `stored` (or of the i16 that hold one); exact."""
+        if stored == self.element:
+            return value
+        self._must_be_half(stored)
+        wide = self._like(value, "i32")
+        if stored == "half" and "half" in self.native:
+            return self._cast("fpext", self._cast("bitcast", value, self._like(value, "half")), self._like(value, "float"))
+        bits = self._cast("zext", self._cast("bitcast", value, self._like(value, "i16")), wide)
+        if stored == "bfloat":
+            return self._cast("bitcast", self._bits("shl", bits, 16), self._like(value, "float"))
+        # F. Giesen, "Half to float done quick": move the exponent to its place, raise its bias from 15 to 127, and
+        # once more for infinities and NaN; a denormal is what is left of 2**-14 + it when 2**-14 is taken away.
+        shifted = self._bits("shl", self._bits("and", bits, 0x7FFF), 13)
+        exponent = self._bits("and", shifted, 0x7C00 << 13)
+        biased = self._bits("add", shifted, (127 - 15) << 23)
+        infinite = self._bits("add", shifted, (255 - 31 + 127 - 15 - (127 - 15)) << 23)
+        smallest = self._cast("bitcast", self._bits("add", biased, 1 << 23), self._like(value, "float"))
+        least = self._cast("bitcast", self._same(113 << 23, biased), self._like(value, "float"))
+        denormal = self._cast("bitcast", self._two("fsub", smallest, least), wide)
+        result = self._choose(self._relation("eq", exponent, 0x7C00 << 13), infinite, biased)
+        result = self._choose(self._relation("eq", exponent, 0), denormal, result)
+        sign = self._bits("shl", self._bits("and", bits, 0x8000), 16)
+        return self._cast("bitcast", self._two("or", result, sign), self._like(value, "float"))
+
+    def narrow(self, value: Value, stored: str) -> Value:
+        """Accumulators, a vector or a scalar, as type `stored`: to the nearest, ties to even; NaN stays NaN.
+
+        A vector of a half type is returned as the i16 that hold it, a scalar as what `put` writes.
+        """
+        if stored == self.element:
+            return value
+        self._must_be_half(stored)
+        if stored == "half" and "half" in self.native:
+            short = self._cast("fptrunc", value, self._like(value, "half"))
+        elif stored == "half":
+            short = self._cast("trunc", self._half_bits(value), self._like(value, "i16"))
+        else:
+            # Not vcvtneps2bf16: it flushes denormals.
+            bits = self._cast("bitcast", value, self._like(value, "i32"))
+            odd = self._bits("and", self._bits("lshr", bits, 16), 1)
+            rounded = self._bits("lshr", self._two("add", self._bits("add", bits, 0x7FFF), odd), 16)
+            nan = self._emit(f"fcmp uno {value.type} {value.text}, {value.text}", self._like(value, "i1"))
+            chosen = self._choose(nan, self._same(0x7FC0, bits), rounded)
+            short = self._cast("trunc", chosen, self._like(value, "i16"))
+        return self._cast("bitcast", short, self._like(value, "i16") if value.type.startswith("<") else stored)
+
+    def _half_bits(self, value: Value) -> Value:
+        """The other way of the arithmetic in `widen`: i32 whose lower halves are the rounded numbers."""
+        bits = self._cast("bitcast", value, self._like(value, "i32"))
+        sign = self._bits("and", bits, -(1 << 31))
+        size = self._two("xor", bits, sign)
+        # Adding 1/2 puts the last digit of a denormal half at the last digit of the sum, which is then rounded.
+        magic = ((127 - 15) + (23 - 10) + 1) << 23
+        half = self._cast("bitcast", self._same(magic, bits), value.type)
+        summed = self._two("fadd", self._cast("bitcast", size, value.type), half)
+        denormal = self._bits("sub", self._cast("bitcast", summed, bits.type), magic)
+        odd = self._bits("and", self._bits("lshr", size, 13), 1)
+        rebiased = self._bits("add", size, ((15 - 127) << 23) + 0xFFF)
+        normal = self._bits("lshr", self._two("add", rebiased, odd), 13)
+        nan = self._relation("ugt", size, 255 << 23)
+        infinite = self._choose(nan, self._same(0x7E00, bits), self._same(0x7C00, bits))
+        result = self._choose(self._relation("ult", size, 113 << 23), denormal, normal)
+        result = self._choose(self._relation("ult", size, (127 + 16) << 23), result, infinite)
+        return self._two("or", result, self._bits("lshr", sign, 16))
+
+    def load_pairs(self, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> Value:
+        """For `dot_pairs`: lane i is the bfloat elements 2i and 2i + 1 behind `offset`, as one i32."""
+        vector, address = f"<{self.lanes} x i32>", self.at(pointer, offset, "bfloat")
+        if mask is None:
+            return self._emit(f"load {vector}, ptr {address.text}, align 2", vector)
+        name, zero = f"llvm.masked.load.v{self.lanes}i32.p0", Value(self, "zeroinitializer", vector)
+        return self._call(name, vector, address, Value(self, "2", "i32"), mask, zero)
+
+    def broadcast_pair(self, pointer: Value, offset: Value | int = 0) -> Value:
+        """For `dot_pairs`: two neighbouring bfloat elements, in every lane."""
+        address = self.at(pointer, offset, "bfloat")
+        return self._splat(self._emit(f"load i32, ptr {address.text}, align 2", "i32"))
+
+    def dot_pairs(self, acc: Value, a: Value, b: Value) -> Value:
+        """acc + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in lane i, of pairs of bfloat; needs "pairs" in `native`.
+
+        The processor flushes denormals here, of factors, products and sums, and rounds after each of the two additions.
+        """
+        if "pairs" not in self.native or self.element != "float":
+            raise ValueError("dot_pairs needs float accumulators and a target that has avx512bf16")
+        bits, pairs = 32 * self.lanes, f"<{2 * self.lanes} x bfloat>"
+        a, b = self._cast("bitcast", a, pairs), self._cast("bitcast", b, pairs)
+        return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{bits}", self.vector, acc, a, b)
+
+    def _must_be_half(self, stored: str) -> None:
+        if stored not in HALVES or self.element != "float":
+            raise ValueError(f"stored={stored!r} cannot be converted to accumulators of type {self.element!r}")
+
+    # -- operations on whatever type: vectors or scalars -------------------------------------------------------------
+
+    @staticmethod
+    def _like(value: Value, scalar: str) -> str:
+        """The type with as many elements as the value's, of another kind."""
+        count, x, _ = value.type.partition(" x ")
+        return f"{count} x {scalar}>" if x else scalar
+
+    def _same(self, number: int, other: Value) -> Value:
+        """An integer, in every lane if `other` is a vector."""
+        vector = other.type.startswith("<")
+        return Value(self, f"splat (i32 {number})" if vector else str(number), other.type)
+
+    def _cast(self, operation: str, value: Value, type_: str) -> Value:
+        if type_ == value.type:
+            return value
+        return self._emit(f"{operation} {value.type} {value.text} to {type_}", type_)
+
+    def _two(self, operation: str, a: Value, b: Value) -> Value:
+        return self._emit(f"{operation} {a.type} {a.text}, {b.text}", a.type)
+
+    def _bits(self, operation: str, a: Value, number: int) -> Value:
+        """An operation with a constant, on i32."""
+        return self._two(operation, a, self._same(number, a))
+
+    def _relation(self, relation: str, a: Value, number: int) -> Value:
+        same = self._same(number, a)
+        return self._emit(f"icmp {relation} {a.type} {a.text}, {same.text}", self._like(a, "i1"))
+
+    def _choose(self, condition: Value, a: Value, b: Value) -> Value:
+        choice = f"{condition.type} {condition.text}, {a.type} {a.text}, {b.type} {b.text}"
+        return self._emit(f"select {choice}", a.type)
+
+
+def _carrier(stored: str) -> str:
+    """The type that elements are moved as."""
+    return "i16" if stored in HALVES else stored

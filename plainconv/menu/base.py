@@ -23,7 +23,14 @@ COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 DTYPES = FLOATS + COMPLEX + INTEGERS
 
-Tensors = tuple[Tensor, Tensor, Tensor | None]  # the two given tensors in the direction's order, and the bias
+
+class Tensors(NamedTuple):
+    """What goes into the result: the two given tensors in the direction's order, and what is added to their product."""
+
+    first: Tensor
+    second: Tensor
+    bias: Tensor | None = None  # [channels of the result]
+    residual: Tensor | None = None  # of the result's shape and memory format
 
 
 class Cost(NamedTuple):
@@ -46,6 +53,7 @@ class Algorithm:
               element where products are summed as they are (then small integers are exact), else the largest
     run       fills `out` from the tensors, with `workspace` (uint8, cost(request).workspace bytes) as scratch
     version   raised when the code changes, so that old measurements are ignored
+    fuses     whether run adds the residual and applies the activation; else they are left to `finish`
     """
 
     name: str
@@ -54,6 +62,7 @@ class Algorithm:
     error: Callable[[Request], float]
     run: Callable[[Request, Tensors, Tensor, Tensor], None]
     version: int = 1
+    fuses: bool = False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +80,35 @@ def summation_error(terms: int) -> float:
     lambda = 6 leaves one chance in 3e7.
     """
     return min(terms + 1.0, 6 * math.sqrt(terms) + 2)
+
+
+# -- what comes behind the convolution --------------------------------------------------------------------------------
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda out: torch.nn.functional.relu6(out, inplace=True),
+    "leaky_relu": torch.nn.functional.leaky_relu_,
+    "hardswish": lambda out: torch.nn.functional.hardswish(out, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "silu": lambda out: torch.nn.functional.silu(out, inplace=True),
+    "gelu": torch.ops.aten.gelu_,
+}
+
+
+def finish(request: Request, tensors: Tensors, out: Tensor) -> None:
+    """Add the residual to what an algorithm that does not fuse has made, and apply the activation."""
+    if tensors.residual is not None:
+        out += tensors.residual
+    if request.activation is not None:
+        _IN_PLACE[request.activation](out)
+
+
+def finish_seconds(request: Request) -> float:
+    """Estimated time of `finish`."""
+    passes = 3 * request.has_residual + 2 * (request.activation is not None)
+    operations = request.has_residual + (request.activation is not None)
+    moved = passes * math.prod(request.problem.shape_of(request.direction.makes)) * request.dtype.itemsize
+    return operations * machine(request).call + moved / machine(request).bytes
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------

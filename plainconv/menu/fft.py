@@ -153,8 +153,8 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     problem, direction, dims = request.problem, request.direction, request.problem.dims
     tiles = _tiles(request)
     x_tiles, y_tiles, w_tile, x_spectra, y_spectra, w_spectrum, *sums = carve(workspace, tiles.buffers)
-    role = {direction.given[0]: tensors[0], direction.given[1]: tensors[1], direction.makes: out}
-    x, w, y, bias = role["x"], role["w"], role["y"], tensors[2]
+    role = {direction.given[0]: tensors.first, direction.given[1]: tensors.second, direction.makes: out}
+    x, w, y, bias = role["x"], role["w"], role["y"], tensors.bias
     taps = inner(slice(0, (k - 1) * d + 1, d) for k, d in zip(problem.kernel, problem.dilation, strict=True))
     mirrored = direction is Direction.FORWARD
 

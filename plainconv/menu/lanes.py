@@ -249,7 +249,7 @@ def prepare(request: Request, choose: Choose) -> Prepared:
 def run(request: Request, tensors: Tensors, out: Tensor, choose: Choose) -> None:
     """Fill `out`. The kernel reads rows that are contiguous: an input that is not is copied first."""
     ready = prepare(request, choose)
-    x, w, bias = tensors
+    x, w, bias, _ = tensors
     x, w = x.contiguous(), w.contiguous()
     bias = None if bias is None else bias.contiguous()
     pointers = (x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())

@@ -22,7 +22,7 @@ _DIRECTIONS = {
 
 def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
     dtype = compute_dtype(request.dtype)
-    first, second, bias = tensors
+    first, second, bias, _ = tensors
     result = _DIRECTIONS[request.direction](request.problem, first.to(dtype), second.to(dtype))
     if bias is not None:
         result += bias.view(-1, *(1,) * request.problem.dims)

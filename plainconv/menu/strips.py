@@ -154,9 +154,8 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor, stri
 
 
 def _by_role(direction: Direction, tensors: Tensors, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    first, second, bias = tensors
-    role = {direction.given[0]: first, direction.given[1]: second, direction.makes: out}
-    return role["x"], role["w"], role["y"], bias
+    role = {direction.given[0]: tensors.first, direction.given[1]: tensors.second, direction.makes: out}
+    return role["x"], role["w"], role["y"], tensors.bias
 
 
 def _cuts(length: int, step: int) -> Iterator[slice]:

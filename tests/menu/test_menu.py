@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import checks
 import pytest
 import torch
 from checks import (
@@ -11,6 +12,7 @@ from checks import (
     DIRECTIONS,
     channels_last,
     check,
+    compare,
     dropping_a_tap,
     integers,
     problems,
@@ -25,8 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import COMPLEX, DTYPES, FLOATS, INTEGERS
-from plainconv.problem import ConvProblem, Direction
+from plainconv.menu.base import _IN_PLACE, COMPLEX, DTYPES, FLOATS, INTEGERS, Tensors
+from plainconv.problem import ACTIVATIONS, ConvProblem, Direction, Request
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -151,9 +153,60 @@ def test_many_random_problems(algorithm, direction, problem, dtype, has_bias, la
 @directions
 def test_integers_wrap_as_torchs_do(algorithm, direction):
     asked = asked_for(algorithm, "n2 c3 o2 x5x4 k3x3 p1", direction, torch.uint8)
-    first, second, _ = tensors_for(asked)
+    first, second, *_ = tensors_for(asked)
     assert int(first.max()) * int(second.max()) > 255, "the test would not see wrapping"
     check(algorithm, asked, integers)
+
+
+# -- what comes behind -----------------------------------------------------------------------------------------------
+
+
+def test_every_activation_has_its_operation_and_its_definition():
+    assert set(ACTIVATIONS) == set(_IN_PLACE) == set(checks.ACTIVATIONS) - {None}
+
+
+@algorithms
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("text", FOR_EVERY_DTYPE[1:])
+def test_bias_residual_and_activation(algorithm, activation, text):
+    """float32 and bfloat16, in both memory formats; the activation sees bias and residual."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for last in (False, True):
+            asked = request(
+                ConvProblem.parse(text),
+                Direction.FORWARD,
+                dtype,
+                channels_last=last,
+                has_bias=True,
+                has_residual=True,
+                activation=activation,
+            )
+            if not refuses(algorithm, asked):
+                check(algorithm, asked, integers)
+                check(algorithm, asked, reals)
+                check(algorithm, dataclasses.replace(asked, has_residual=False), reals)
+
+
+@algorithms
+@pytest.mark.parametrize("fault", [{"residual": None}, {"activation": None}], ids=str)
+def test_a_forgotten_residual_or_activation_is_caught(algorithm, fault):
+    asked = asked_for(
+        algorithm, FOR_EVERY_DTYPE[1], Direction.FORWARD, torch.float32, has_residual=True, activation="hardswish"
+    )
+    tensors = tensors_for(asked, reals)
+    done = dataclasses.replace(asked, activation=fault.get("activation", asked.activation))
+    done = dataclasses.replace(done, has_residual="residual" not in fault)
+    result = result_of(algorithm, done, *(tensors._replace(residual=None) if "residual" in fault else tensors))
+    with pytest.raises(AssertionError, match="beyond the stated error"):
+        compare(algorithm, asked, result, *tensors, to_the_bit=False)
+
+
+def test_wrong_activations_are_refused_with_a_sentence():
+    problem = ConvProblem.parse(FOR_EVERY_DTYPE[0])
+    with pytest.raises(ValueError, match=r"activation must be None or one of \('relu', .*but got 'tanh'"):
+        Request(problem, Direction.FORWARD, torch.float32, activation="tanh")
+    with pytest.raises(ValueError, match=r"'relu' is for floating types, but the tensors are torch\.int8"):
+        Request(problem, Direction.FORWARD, torch.int8, activation="relu")
 
 
 # -- the checks can fail ---------------------------------------------------------------------------------------------
@@ -179,7 +232,7 @@ def moved_by_one(algorithm):
 def without_its_bias(algorithm):
     def run(asked, tensors, out, workspace):
         bare = dataclasses.replace(asked, has_bias=False)
-        algorithm.run(bare, (*tensors[:2], None), out, workspace)
+        algorithm.run(bare, tensors._replace(bias=None), out, workspace)
 
     return dataclasses.replace(algorithm, run=run)
 
@@ -207,7 +260,7 @@ def a_little_off(algorithm):
         algorithm.run(asked, tensors, out, workspace)
         absolute = [t if t is None else t.abs() for t in tensors]
         sums = torch.empty_like(out)
-        BY_NAME["reference"].run(asked, tuple(absolute), sums, torch.empty(0, dtype=torch.uint8))
+        BY_NAME["reference"].run(asked, Tensors(*absolute), sums, torch.empty(0, dtype=torch.uint8))
         at = tuple(int(i) for i in torch.unravel_index(sums.argmax(), sums.shape))
         out[at] += 2.1 * algorithm.error(asked) * torch.finfo(out.dtype).eps * sums[at]
 
@@ -342,7 +395,7 @@ def test_half_types_are_rounded_once_however_the_work_is_cut(algorithm, dtype, t
     assert pieces(algorithm, half) > 1
     tensors = tensors_for(half, reals)
     found = result_of(algorithm, half, *tensors)
-    expected = result_of(algorithm, wide, *(tensor.float() for tensor in tensors)).to(dtype)
+    expected = result_of(algorithm, wide, *(tensor.float() for tensor in tensors[:3])).to(dtype)
     if pieces(algorithm, half) == pieces(algorithm, wide):
         assert torch.equal(found, expected)
     assert (found.float() - expected.float()).abs().max() <= torch.finfo(dtype).eps * expected.float().abs().max()
@@ -375,7 +428,7 @@ exact_about_nan = pytest.mark.parametrize("algorithm", EXACT_ABOUT_NAN, ids=lamb
 )
 def test_a_nan_reaches_exactly_the_outputs_whose_window_covers_it(algorithm, value, text):
     asked = asked_for(algorithm, text, Direction.FORWARD, torch.float32)
-    x, w, _ = tensors_for(asked, lambda shape, dtype, seed: integers(shape, dtype, seed).abs() + 1)
+    x, w, *_ = tensors_for(asked, lambda shape, dtype, seed: integers(shape, dtype, seed).abs() + 1)
     places = [
         (0, 0, 0, 0),
         (0, 1, 3, 2),
@@ -404,7 +457,7 @@ def test_padding_is_a_zero_that_is_multiplied(algorithm):
     x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
     w[0, 0, 0, 0] = float("inf")
     out = torch.empty(1, 1, 3, 3)
-    algorithm.run(asked, (x, w, None), out, torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8))
+    algorithm.run(asked, Tensors(x, w), out, torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8))
     expected = torch.nn.functional.conv2d(x, w, padding=1)
     assert expected.isnan().sum() == 5
     assert torch.equal(out.isnan(), expected.isnan())
@@ -438,7 +491,7 @@ def test_offsets_beyond_two_to_the_31(name, direction):
     tensors = {"x": x, "w": w, "y": y}
     out = tensors[direction.makes].fill_(0x5A)
     workspace = torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8)
-    algorithm.run(asked, (*(tensors[role] for role in direction.given), None), out, workspace)
+    algorithm.run(asked, Tensors(*(tensors[role] for role in direction.given)), out, workspace)
     if direction is Direction.FORWARD:
         assert (out[0, 0, -1], out[0, 0, :-1].count_nonzero()) == (15, 0)
     elif direction is Direction.GRAD_INPUT:

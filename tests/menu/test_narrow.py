@@ -11,6 +11,7 @@ from guarded import guarded
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.menu import depthwise, lanes, narrow
+from plainconv.menu.base import Tensors
 from plainconv.problem import ConvProblem, Direction
 
 BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
@@ -84,9 +85,9 @@ def test_nothing_outside_is_touched(module, bits, text, as_if, monkeypatch):
             return whole, tuple(part.data_ptr() for part in held)
 
         monkeypatch.setattr(lanes, "_tables", between_guards)
-        first, second, bias = (guarded(tensor, at_end=at_end) for tensor in given(asked, reals))
+        first, second, bias = (guarded(tensor, at_end=at_end) for tensor in given(asked, reals)[:3])
         out = guarded(torch.full(asked.problem.output_shape, torch.nan), at_end=at_end)
-        module.ALGORITHM.run(asked, (first, second, bias), out, torch.empty(0, dtype=torch.uint8))
+        module.ALGORITHM.run(asked, Tensors(first, second, bias), out, torch.empty(0, dtype=torch.uint8))
         assert held, "the tables were not guarded"
         compare(module.ALGORITHM, asked, out, first, second, bias, to_the_bit=False)
 
