@@ -23,6 +23,7 @@ Widening is exact; narrowing rounds to the nearest, ties to even, keeps NaN, and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -44,6 +45,14 @@ def natives(target: _Processor) -> frozenset[str]:
     """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products)."""
     half = target.machine == "aarch64" or target.has("f16c")
     return frozenset({"half"} if half else ()) | frozenset({"pairs"} if target.has("avx512bf16") else ())
+FOLDED = {  # operations on integers that are known while the kernel is built
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "udiv": operator.floordiv,
+    "urem": operator.mod,
+    "and": operator.and_,
+}
 
 
 @dataclass(frozen=True)
@@ -149,13 +158,11 @@ class Emit:
         return value if isinstance(value, Value) else Value(self, str(value), "i64")
 
     def integer(self, operation: str, a: Value | int, b: Value | int) -> Value:
-        """add, sub, mul, udiv or urem of two i64, folded where both are constants or one changes nothing."""
+        """add, sub, mul, udiv, urem or and of two i64, folded where both are constants or one changes nothing."""
         a, b = self.number(a), self.number(b)
         known = a.text.lstrip("-").isdigit(), b.text.lstrip("-").isdigit()
         if all(known):
-            x, y = int(a.text), int(b.text)
-            folded = {"add": x + y, "sub": x - y, "mul": x * y}
-            return self.number(folded[operation] if operation in folded else (x // y if operation == "udiv" else x % y))
+            return self.number(FOLDED[operation](int(a.text), int(b.text)))
         if (operation in ("add", "sub") and b.text == "0") or (operation in ("mul", "udiv") and b.text == "1"):
             return a
         if (operation == "add" and a.text == "0") or (operation == "mul" and a.text == "1"):
@@ -437,7 +444,8 @@ class Emit:
         self._must_be_half(stored)
         wide = self._like(value, "i32")
         if stored == "half" and "half" in self.native:
-            return self._cast("fpext", self._cast("bitcast", value, self._like(value, "half")), self._like(value, "float"))
+            half = self._cast("bitcast", value, self._like(value, "half"))
+            return self._cast("fpext", half, self._like(value, "float"))
         bits = self._cast("zext", self._cast("bitcast", value, self._like(value, "i16")), wide)
         if stored == "bfloat":
             return self._cast("bitcast", self._bits("shl", bits, 16), self._like(value, "float"))
@@ -446,7 +454,7 @@ class Emit:
         shifted = self._bits("shl", self._bits("and", bits, 0x7FFF), 13)
         exponent = self._bits("and", shifted, 0x7C00 << 13)
         biased = self._bits("add", shifted, (127 - 15) << 23)
-        infinite = self._bits("add", shifted, (255 - 31 + 127 - 15 - (127 - 15)) << 23)
+        infinite = self._bits("add", shifted, (255 - 31) << 23)
         smallest = self._cast("bitcast", self._bits("add", biased, 1 << 23), self._like(value, "float"))
         least = self._cast("bitcast", self._same(113 << 23, biased), self._like(value, "float"))
         denormal = self._cast("bitcast", self._two("fsub", smallest, least), wide)
