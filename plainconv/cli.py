@@ -76,7 +76,11 @@ DataDirOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, typer.Option(min=1, help="Default: 40 for digits, 5 for the others.")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Default: 100 for digits, 1000 for the others.")]
+BENCH_DIRECTIONS = ("forward", "grad_input", "grad_weight", "train")
+BENCH_DTYPES = ("float32", "float64", "bfloat16", "float16")
 SeedOption = Annotated[int, typer.Option(min=0, help="Of the weights, the batches and dropout.")]
+
+_COUNTED = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 @contextmanager
@@ -213,6 +217,67 @@ def compare_all(
         out.mkdir(parents=True, exist_ok=True)
         page = write_report(out, found.records, found.gallery, found.made)
     print(page)
+
+
+@app.command("bench")
+def bench_suites(
+    suite: Annotated[list[str] | None, typer.Option(metavar="NAME...", help="A suite, or several: see --list.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
+    direction: Annotated[str, typer.Option(help=f"{', '.join(BENCH_DIRECTIONS)}.")] = "forward",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(BENCH_DTYPES)}.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch would take.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to time each layer, about.")] = 1.0,
+    regret: Annotated[bool, typer.Option("--regret", help="Time every able algorithm beside auto.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Do not cut layers of more than 4 GFLOP.")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="LIBRARY", help="onnxruntime, openvino, jax, scipy or opencv.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the records and the picture.")] = Path("results"),
+    drawn: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw a bar for every layer.")] = True,
+    listed: Annotated[bool, typer.Option("--list", help="Name the suites.")] = False,
+) -> None:
+    """Time the layers of real networks beside torch, and check every one against float64."""
+    from plainconv import bench
+
+    if listed:
+        for name, known in bench.load().items():
+            print(f"{name:<28} {len(known):>3} layers, {sum(layer.flop for layer in known) / 1e9:.3g} GFLOP")
+        return
+    with one_line():
+        names = [*(suite or []), *(more or [])]
+        layers = bench.named(names)
+        if not layers:
+            raise InputError("--suite says which suites to measure; `plainconv bench --list` names them")
+        for option, value, choices in (("direction", direction, BENCH_DIRECTIONS), ("dtype", dtype, BENCH_DTYPES)):
+            if value not in choices:
+                raise InputError(f"unknown {option} {value!r}; {option}s are {', '.join(choices)}")
+        _check_folder(out)
+        others = bench.others(against or [])
+        with bench.alone(threads or torch.get_num_threads()) as used:
+            kind = getattr(torch, dtype)
+            peaks = bench.measured(kind, used)
+            setting = bench.Setting(direction, kind, used, peaks, seconds, regret, full, others)
+            rows = []
+            with Progress(TextColumn("{task.description:>30}"), *_COUNTED, console=Console(stderr=True)) as progress:
+                task = progress.add_task("", total=len(layers))
+                for layer in layers:
+                    progress.update(task, description=f"{layer.suite} {layer.name}"[:60])
+                    rows.append(bench.measure(layer, setting))
+                    progress.advance(task)
+            records = bench.as_records(rows, setting)
+        print(bench.heading(records))
+        print(bench.table(rows))
+        out.mkdir(parents=True, exist_ok=True)
+        stem = "-".join((direction, dtype, "+".join(dict.fromkeys(names))[:100]))
+        with write_whole(out / f"{stem}.json") as file:
+            file.write((json.dumps(records, indent=1) + "\n").encode())
+        print(out / f"{stem}.json")
+        if drawn:
+            from plainconv.plots import bars
+
+            with write_whole(out / f"{stem}.png") as file:
+                file.write(bars(bench.drawn(records), bench.heading(records).partition("\n")[0]))
+            print(out / f"{stem}.png")
 
 
 @app.command("algorithms")

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
-OURS, TORCH, OTHER = "#1f6feb", "#d9730d", "#8c959f"
+OURS, TORCH, LOSS, OTHER = "#1f6feb", "#d9730d", "#cf222e", "#8c959f"
 INK, FAINT = "#24292f", "#d8dee4"
 DPI = 200
 LABELS = {"seconds": "seconds of training", "step": "steps", "loss": "loss", "accuracy": "test accuracy"}
@@ -77,6 +77,68 @@ def times(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     return _png(figure)
+
+
+def bars(suites: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> bytes:
+    """A bar for every layer, torch's time over ours on a logarithmic axis; losses in their own colour.
+
+    Args:
+        suites: name -> its layers, each with name, ratio (None: the result is wrong, and no bar) and most, the ratio at
+            the machine's limit, which is a mark.
+        title: above the first column.
+
+    Returns:
+        a PNG.
+    """
+    columns = _columns(suites)
+    tallest = max(sum(len(layers) + 2 for _, layers in column) for column in columns)
+    figure = Figure(figsize=(5.2 * len(columns), 0.8 + 0.15 * tallest), layout="constrained")
+    shown = [row["ratio"] for layers in suites.values() for row in layers if row["ratio"]]
+    least, most = min([*shown, 0.8]), max([*shown, 1.25])
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        place = 0
+        ticks: list[tuple[int, str]] = []
+        for suite, layers in column:
+            axes.annotate(suite, (least / 1.2, place), va="center", fontsize=7.5, color=INK, weight="bold")
+            for row in layers:
+                place += 1
+                ticks.append((place, row["name"]))
+                if row["ratio"] is None:
+                    axes.annotate("wrong", (1, place), va="center", fontsize=6.5, color=LOSS)
+                    continue
+                colour = OURS if row["ratio"] >= 1 else LOSS
+                axes.barh(place, row["ratio"] - 1, left=1, height=0.72, color=colour)
+                axes.plot(min(row["most"], most * 1.15), place, "|", color=INK, markersize=4, markeredgewidth=0.7)
+            place += 2
+        axes.set_xscale("log")
+        axes.set_xlim(least / 1.25, most * 1.2)
+        axes.set_ylim(tallest, -1)
+        axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=5.5)
+        axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
+        axes.minorticks_off()
+        _plain(axes)
+        axes.axvline(1, color=INK, linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=7)
+    figure.axes[0].set_title(title, loc="left", fontsize=8)
+    return _png(figure)
+
+
+def _columns(
+    suites: Mapping[str, Sequence[Mapping[str, Any]]], tall: int = 90
+) -> list[list[tuple[str, Sequence[Mapping[str, Any]]]]]:
+    """The suites side by side, in columns of about so many bars."""
+    columns: list[list[tuple[str, Sequence[Mapping[str, Any]]]]] = [[]]
+    height = 0
+    for suite, layers in suites.items():
+        if columns[-1] and height + len(layers) > tall:
+            columns.append([])
+            height = 0
+        columns[-1].append((suite, layers))
+        height += len(layers) + 2
+    return columns
 
 
 def duration(seconds: float) -> str:

@@ -33,32 +33,45 @@ class Timing:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, least: int = 5, most: int = 200
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 4.0,
+    least: int = 5,
+    most: int = 200,
+    turn_s: float = 0.0,
 ) -> dict[str, Timing]:
-    """Time calls in turn: each once in every round.
+    """Time calls in turn: each once in every round, or for a while.
 
     Args:
         calls: name -> what to call; it may compute on a CUDA device, whose work is waited for.
         seconds: no further round begins when so many have passed, ...
         least: ... but there are at least so many rounds (2 or more)
         most: and at most so many.
+        turn_s: a call goes on until its turn has lasted so many seconds. The first call of a turn finds the caches as
+            the others left them, so it counts only if it is the only one.
 
     Returns:
         name -> its timing.
     """
     seen: dict[str, list[float]] = {name: [] for name in calls}
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else None
     for call in calls.values():
         call()
-    _wait()
+    if wait:
+        wait()
     end = perf_counter() + seconds
     for turn in range(most):
         if turn >= least and perf_counter() > end:
             break
         for name, call in calls.items():
-            start = perf_counter()
-            call()
-            _wait()
-            seen[name].append(perf_counter() - start)
+            spent: list[float] = []
+            while not spent or sum(spent) < turn_s:
+                start = perf_counter()
+                call()
+                if wait:
+                    wait()
+                spent.append(perf_counter() - start)
+            seen[name] += spent[1:] or spent
     return {name: _timing(spent) for name, spent in seen.items()}
 
 
@@ -86,11 +99,6 @@ def machine() -> dict[str, str | int]:
 def _timing(spent: list[float]) -> Timing:
     low, median, high = quantiles(spent, n=4, method="inclusive")
     return Timing(median, low, high, len(spent))
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _processor() -> str:

@@ -28,6 +28,7 @@ FLOORS = {
     "files": 0,
     "problem": 0,
     "border": 1,
+    "settings": 1,
     "cpu": 1,
     "arguments": 1,
     "timing": 1,
@@ -39,6 +40,7 @@ FLOORS = {
     "nn": 7,
     "picture": 8,
     "train": 9,
+    "bench": 9,
     "plots": 9,
     "compare": 10,
     "report": 10,
@@ -121,7 +123,11 @@ def test_public_names():
         "conv_transpose3d",
         "explain",
         "functional",
+        "get_allow_builtin",
+        "get_max_workspace",
         "nn",
+        "set_allow_builtin",
+        "set_max_workspace",
     ]
     assert sorted(plainconv.nn.__all__) == [
         "Conv1d",
@@ -218,7 +224,8 @@ TORCHS = {
     "thnn_conv2d",
     "slow_conv3d",
 }
-MEASURES_TORCH = "plainconv.compare"  # on purpose
+MEASURE_TORCH = ("plainconv.compare", "plainconv.bench.calls")  # on purpose
+BUILTIN = "plainconv.menu.builtin"  # where it is allowed
 
 
 def torchs_convolutions(path: Path) -> list[str]:
@@ -238,9 +245,9 @@ def torchs_convolutions(path: Path) -> list[str]:
 
 
 def test_no_module_takes_a_convolution_out_of_torch():
-    assert torchs_convolutions(MODULES[MEASURES_TORCH]), "this test would see it"
+    assert all(torchs_convolutions(MODULES[module]) for module in MEASURE_TORCH), "this test would see it"
     for module, path in MODULES.items():
-        if module != MEASURES_TORCH:
+        if module not in (*MEASURE_TORCH, BUILTIN):
             assert torchs_convolutions(path) == [], module
 
 
@@ -259,7 +266,7 @@ CALLS = [
     for family in ("conv", "conv_transpose")
     for dims in (1, 2, 3)
     for algorithm in ("auto", *plainconv.algorithms())
-    if not (algorithm in FORWARD_ONLY and family == "conv_transpose")
+    if algorithm != "builtin" and not (algorithm in FORWARD_ONLY and family == "conv_transpose")
 ]
 
 

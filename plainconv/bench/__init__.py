@@ -1,0 +1,26 @@
+"""How fast the layers of real networks are, beside torch: suites, what the machine can do, timing, records."""
+
+from plainconv.bench.against import others
+from plainconv.bench.peaks import Peaks, measured
+from plainconv.bench.records import as_records, drawn, heading, rows_of, summary, table
+from plainconv.bench.run import Row, Setting, alone, measure
+from plainconv.bench.suites import Layer, load, named
+
+__all__ = [
+    "Layer",
+    "Peaks",
+    "Row",
+    "Setting",
+    "alone",
+    "as_records",
+    "drawn",
+    "heading",
+    "load",
+    "measure",
+    "measured",
+    "named",
+    "others",
+    "rows_of",
+    "summary",
+    "table",
+]

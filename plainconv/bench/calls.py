@@ -1,0 +1,139 @@
+"""What is timed: one direction of one layer, by torch and by plainconv, as a user would write it.
+
+    forward      conv(x, w), or conv_transpose(x, w)
+    grad_input   autograd.grad(y, x, g), the graph kept
+    grad_weight  autograd.grad(y, w, g), the graph kept
+    train        y = conv(x, w), then autograd.grad(y, (x, w), g)
+
+Both sides are given the very same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plainconv import functional
+from plainconv.bench.suites import Layer
+from plainconv.plan import Explanation
+from plainconv.problem import Direction
+
+DIRECTIONS = ("forward", "grad_input", "grad_weight", "train")
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+Call = Callable[[], tuple[Tensor, ...]]  # what a direction makes: one tensor; y, dx and dw for "train"
+
+
+class Tensors(NamedTuple):
+    """A layer's input, weight, and the cotangent of its output."""
+
+    x: Tensor
+    w: Tensor
+    g: Tensor
+
+    def to(self, layout: str) -> Tensors:
+        """The same values in a memory format, all three."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            like = torch.contiguous_format if layout == CONTIGUOUS else _FORMATS[tensor.dim()]
+            return tensor.contiguous(memory_format=like)
+
+        return Tensors(*map(convert, self))
+
+
+def tensors(layer: Layer, dtype: torch.dtype, seed: int = 0) -> Tensors:
+    """Normally distributed numbers, contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (layer.input_shape, layer.problem.weight_shape, layer.output_shape)
+    return Tensors(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))
+
+
+def layouts(layer: Layer) -> tuple[str, ...]:
+    """The memory formats that torch has for the layer's tensors."""
+    return (CONTIGUOUS,) if layer.problem.dims == 1 else (CONTIGUOUS, CHANNELS_LAST)
+
+
+def directions(direction: str) -> tuple[Direction, ...]:
+    """Which directions of the layer a word stands for."""
+    return tuple(Direction) if direction == "train" else (Direction(direction),)
+
+
+def torchs(layer: Layer, direction: str, given: Tensors) -> Call:
+    """torch's own convolution."""
+    p = layer.problem
+    stride, padding, dilation = p.stride, tuple(lo for lo, _ in p.padding), p.dilation
+    if any(lo != hi for lo, hi in p.padding) or p.padding_mode != "zeros":
+        raise ValueError(f"torch has no convolution with the padding of {p}")
+    if layer.transposed:
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[p.dims - 1]
+        output_padding = layer.output_padding
+
+        def convolve(x: Tensor, w: Tensor) -> Tensor:
+            return transposed(x, w, None, stride, padding, output_padding, p.groups, dilation)
+    else:
+        forward = (F.conv1d, F.conv2d, F.conv3d)[p.dims - 1]
+
+        def convolve(x: Tensor, w: Tensor) -> Tensor:
+            return forward(x, w, None, stride, padding, dilation, p.groups)
+
+    return _call(convolve, direction, given)
+
+
+def ours(layer: Layer, direction: str, given: Tensors, algorithm: str = "auto") -> Call:
+    """plainconv's, by the algorithm named."""
+    p = layer.problem
+    stride, padding, dilation = p.stride, p.padding, p.dilation
+    name = f"conv_transpose{p.dims}d" if layer.transposed else f"conv{p.dims}d"
+    function: Callable[..., Tensor] = getattr(functional, name)
+    if layer.transposed:
+        output_padding = layer.output_padding
+
+        def convolve(x: Tensor, w: Tensor) -> Tensor:
+            return function(x, w, None, stride, padding, output_padding, p.groups, dilation, algorithm=algorithm)
+    else:
+
+        def convolve(x: Tensor, w: Tensor) -> Tensor:
+            return function(x, w, None, stride, padding, dilation, p.groups, algorithm=algorithm)
+
+    return _call(convolve, direction, given)
+
+
+def explain(layer: Layer, direction: Direction, given: Tensors) -> Explanation:
+    """What every algorithm says of one direction of the layer."""
+    p = layer.problem
+    return functional.explain(
+        given.x,
+        given.w,
+        None,
+        p.stride,
+        p.padding,
+        p.dilation,
+        p.groups,
+        transposed=layer.transposed,
+        output_padding=layer.output_padding if layer.transposed else 0,
+        direction=direction.value,
+    )
+
+
+def _call(convolve: Callable[[Tensor, Tensor], Tensor], direction: str, given: Tensors) -> Call:
+    x, w, g = given
+    if direction == "forward":
+        return lambda: (convolve(x, w),)
+    # Leaves of their own: the tensors that both sides share must not begin to require gradients.
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    if direction == "train":
+
+        def train() -> tuple[Tensor, ...]:
+            y = convolve(x, w)
+            return (y.detach(), *torch.autograd.grad(y, (x, w), g))
+
+        return train
+    wanted = x if direction == "grad_input" else w
+    y = convolve(x, w)
+    return lambda: torch.autograd.grad(y, wanted, g, retain_graph=True)

@@ -1,0 +1,310 @@
+"""One layer through everything: first call, check against float64, timing beside torch, and what that is of the limit.
+
+The sides are torch and plainconv ("auto"), each in the memory formats that torch has for the layer; they take turns in
+one process on the same tensors.  A format in which a side is more than SLOW times slower than in its other one is
+called a few times only, since the better of the two counts.  A layer whose result is not right has no speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from plainconv.bench import calls
+from plainconv.bench.calls import Call, Tensors
+from plainconv.bench.check import Exact, Verdict, exact, judge
+from plainconv.bench.peaks import Peaks
+from plainconv.bench.scratch import torchs_peak
+from plainconv.bench.suites import Layer
+from plainconv.cpu.compile import kept_in
+from plainconv.plan import Explanation
+from plainconv.timing import Timing, in_turn
+
+SLOW = 3.0  # times its other format: so slow that it does not matter how slow
+TURN_S = 2e-3  # how long a side goes on before it is the other's turn
+SHORT_S = 25e-6  # a call that torch finishes in less is held to another threshold, and marked
+OTHERS_CLAIM = 1000.0  # units of eps that another library's result may be off: it may transform and sum as it likes
+FAR = 10.0  # an algorithm whose estimate is so many times the best's is not measured for the regret
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all layers of a run have in common.
+
+    Attributes:
+        direction: one of calls.DIRECTIONS.
+        dtype: of all tensors.
+        threads: torch.get_num_threads() while it runs.
+        peaks: the machine's, with so many threads.
+        seconds: how long the sides of a layer are timed, about.
+        regret: whether every able algorithm is timed as well.
+        full: whether layers over 4 GFLOP stay whole.
+        against: name -> what makes other libraries' call of a layer, or says why there is none.
+    """
+
+    direction: str
+    dtype: torch.dtype
+    threads: int
+    peaks: Peaks
+    seconds: float = 1.0
+    regret: bool = False
+    full: bool = False
+    against: Mapping[str, Callable[[Layer, Tensors], Call | str]] | None = None
+
+
+@dataclass(frozen=True)
+class Regret:
+    """auto's time over the best algorithm's, which that is, each one's median seconds, and why others were left out."""
+
+    value: float
+    best: str
+    seconds: dict[str, float]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one layer; times in seconds, memory in bytes, keys are memory formats.
+
+    Attributes:
+        layer: as measured.
+        cut_from: the problem of the whole layer, if it was cut.
+        direction, dtype: as asked.
+        torch, ours: memory format -> timing; empty for ours if the result is wrong.
+        algorithms: memory format -> the algorithm that "auto" took ("/" between the directions of "train").
+        checks: memory format -> how far our result is off.
+        torch_check: how far torch's contiguous result is off.
+        limit_s, bound_by: the least time that the machine allows, and what asks for it.
+        first_call_s: the first call of the process for this layer: planning and compiling included.
+        scratch, torch_scratch: memory formats' best: workspace of our plan; what torch allocated beyond its result.
+        regret: see Regret; None if not asked for.
+        against: name -> its timing, or why there is none.
+    """
+
+    layer: Layer
+    cut_from: str | None
+    direction: str
+    dtype: str
+    torch: dict[str, Timing]
+    ours: dict[str, Timing]
+    algorithms: dict[str, str]
+    checks: dict[str, Verdict]
+    torch_check: Verdict
+    limit_s: float
+    bound_by: str
+    first_call_s: float
+    scratch: int
+    torch_scratch: int
+    regret: Regret | None
+    against: dict[str, Timing | str]
+
+    @property
+    def right(self) -> bool:
+        return all(check.right for check in self.checks.values())
+
+    @property
+    def torch_best(self) -> str:
+        return best(self.torch)
+
+    @property
+    def our_best(self) -> str:
+        return best(self.ours)
+
+    @property
+    def ratio(self) -> float | None:
+        """torch's time in its best format over ours in our best; None if our result is wrong."""
+        if not self.right:
+            return None
+        return self.torch[self.torch_best].median_s / self.ours[self.our_best].median_s
+
+    def ratio_in(self, layout: str) -> float | None:
+        """The same within one memory format; None if there is none, or if our result is wrong."""
+        if not self.right or layout not in self.ours:
+            return None
+        return self.torch[layout].median_s / self.ours[layout].median_s
+
+    @property
+    def flop(self) -> int:
+        return self.layer.flop * (3 if self.direction == "train" else 1)
+
+    @property
+    def short(self) -> bool:
+        """Whether torch finishes the call in under 25 us."""
+        return self.torch[self.torch_best].median_s < SHORT_S
+
+    @property
+    def share(self) -> float | None:
+        """The machine's least time over ours."""
+        return self.limit_s / self.ours[self.our_best].median_s if self.right else None
+
+    @property
+    def most(self) -> float:
+        """The ratio that would be reached at the machine's limit."""
+        return self.torch[self.torch_best].median_s / self.limit_s
+
+
+def best(timings: Mapping[str, Timing]) -> str:
+    """The name with the shortest median."""
+    return min(timings, key=lambda name: timings[name].median_s)
+
+
+@contextmanager
+def alone(threads: int) -> Iterator[int]:
+    """Measure with so many threads, and with no kernels at hand but those that are compiled meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with kept_in(None):
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(layer: Layer, setting: Setting) -> Row:
+    """Measure one layer; it takes a few times setting.seconds."""
+    whole, direction = layer, setting.direction
+    layer = whole if setting.full else whole.cut()
+    given = calls.tensors(layer, setting.dtype)
+    laid = {layout: given.to(layout) for layout in calls.layouts(layer)}
+    torchs = {layout: calls.torchs(layer, direction, tensors) for layout, tensors in laid.items()}
+
+    start = perf_counter()
+    results = {calls.CONTIGUOUS: calls.ours(layer, direction, laid[calls.CONTIGUOUS])()}
+    first_call_s = perf_counter() - start
+    ours = {layout: calls.ours(layer, direction, tensors) for layout, tensors in laid.items()}
+    results |= {layout: call() for layout, call in ours.items() if layout not in results}
+    told = {layout: _explained(layer, direction, tensors) for layout, tensors in laid.items()}
+    expected = _expected(layer, direction, given)
+    checks = {layout: _judged(result, expected, told[layout]) for layout, result in results.items()}
+    torch_check = _judged(torchs[calls.CONTIGUOUS](), expected, told[calls.CONTIGUOUS])
+    del results
+
+    right = all(check.right for check in checks.values())
+    timings = _timed({"torch": torchs, **({"ours": ours} if right else {})}, setting.seconds)
+    moved = sum(tensor.numel() for tensor in given) * setting.dtype.itemsize
+    times = 3 if direction == "train" else 1
+    limit = setting.peaks.limit(layer.flop * times, moved * times)
+    at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
+    others = {name: make(layer, laid[calls.CONTIGUOUS]) for name, make in (setting.against or {}).items()}
+    return Row(
+        layer=layer,
+        cut_from=None if layer is whole else str(whole.problem),
+        direction=direction,
+        dtype=str(setting.dtype).removeprefix("torch."),
+        torch=timings["torch"],
+        ours=timings.get("ours", {}),
+        algorithms={layout: "/".join(each.chosen for each in many) for layout, many in told.items()},
+        checks=checks,
+        torch_check=torch_check,
+        limit_s=limit.seconds,
+        bound_by=limit.bound_by,
+        first_call_s=first_call_s,
+        scratch=max(_chosen(each).cost.workspace for each in told[at_best]),
+        torch_scratch=torchs_peak(torchs[best(timings["torch"])]),
+        regret=_regret(layer, setting, laid[at_best], told[at_best], expected) if setting.regret and right else None,
+        against=_others(others, expected, ours[at_best], setting.seconds),
+    )
+
+
+def _timed(sides: Mapping[str, Mapping[str, Call]], seconds: float) -> dict[str, dict[str, Timing]]:
+    """Side -> memory format -> timing. All have been called before."""
+    once = {side: {layout: _once(call) for layout, call in group.items()} for side, group in sides.items()}
+    many: dict[str, Call] = {}
+    few: dict[str, Call] = {}
+    for side, group in sides.items():
+        least = min(once[side].values())
+        for layout, call in group.items():
+            (few if once[side][layout] > SLOW * least else many)[f"{side} {layout}"] = call
+    a_round = sum(once[side][layout] for side, group in sides.items() for layout in group if f"{side} {layout}" in many)
+    timings = in_turn(few, seconds=0, least=2)
+    timings |= in_turn(many, seconds=seconds, least=5 if a_round < seconds else 2, turn_s=TURN_S)
+    return {side: {layout: timings[f"{side} {layout}"] for layout in group} for side, group in sides.items()}
+
+
+def _once(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+# -- right or wrong --------------------------------------------------------------------------------------------------
+
+
+def _explained(layer: Layer, direction: str, given: Tensors) -> list[Explanation]:
+    return [calls.explain(layer, each, given) for each in calls.directions(direction)]
+
+
+def _expected(layer: Layer, direction: str, given: Tensors) -> list[Exact]:
+    """Points of every tensor that the direction makes."""
+    roles = dict(zip("ywx" if layer.transposed else "xwy", given, strict=True))
+    found = []
+    for each in calls.directions(direction):
+        inner = layer.direction(each)
+        first, second = (roles[role] for role in inner.given)
+        found.append(exact(layer.problem, inner, first, second))
+    return found
+
+
+def _judged(result: Sequence[torch.Tensor], expected: Sequence[Exact], told: Sequence[Explanation]) -> Verdict:
+    """The worst verdict of the tensors made."""
+    verdicts = [
+        judge(tensor, points, _chosen(each).algorithm.error(each.request))
+        for tensor, points, each in zip(result, expected, told, strict=True)
+    ]
+    return min(verdicts, key=lambda verdict: (verdict.right, -verdict.units / verdict.allowed))
+
+
+def _chosen(told: Explanation) -> Any:
+    return next(verdict for verdict in told.verdicts if verdict.algorithm.name == told.chosen)
+
+
+# -- regret ----------------------------------------------------------------------------------------------------------
+
+
+def _regret(
+    layer: Layer, setting: Setting, given: Tensors, told: Sequence[Explanation], expected: Sequence[Exact]
+) -> Regret | None:
+    """Every able algorithm beside "auto", in the memory format given; None for "train", which is three choices."""
+    if setting.direction == "train":
+        return None
+    (explanation,) = told
+    least = _chosen(explanation).cost.seconds
+    timed: dict[str, Call] = {"auto": calls.ours(layer, setting.direction, given)}
+    left_out: dict[str, str] = {}
+    for verdict in explanation.verdicts:
+        name = verdict.algorithm.name
+        if verdict.cost is None:
+            continue
+        if verdict.cost.seconds > FAR * least:
+            left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times that of {explanation.chosen}"
+            continue
+        call = calls.ours(layer, setting.direction, given, name)
+        if not judge(call()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
+            left_out[name] = "its result is wrong"
+        elif name != explanation.chosen:
+            timed[name] = call
+    timings = _timed({"regret": timed}, setting.seconds)["regret"]
+    seconds = {explanation.chosen if name == "auto" else name: t.median_s for name, t in timings.items()}
+    fastest = min(seconds, key=lambda name: seconds[name])
+    return Regret(seconds[explanation.chosen] / seconds[fastest], fastest, seconds, left_out)
+
+
+# -- other libraries -------------------------------------------------------------------------------------------------
+
+
+def _others(
+    made: Mapping[str, Call | str], expected: Sequence[Exact], our_call: Call, seconds: float
+) -> dict[str, Timing | str]:
+    """Timings of what other libraries make of the layer, each in turn with ours, or a sentence."""
+    found: dict[str, Timing | str] = {name: call for name, call in made.items() if isinstance(call, str)}
+    able = {name: call for name, call in made.items() if not isinstance(call, str)}
+    for name, call in able.items():
+        if not judge(call()[0], expected[0], OTHERS_CLAIM).right:
+            found[name] = "its result is wrong"
+    timed = {name: call for name, call in able.items() if name not in found}
+    return {**found, **in_turn({"ours": our_call, **timed}, seconds=seconds, turn_s=TURN_S)} if timed else found
