@@ -24,6 +24,7 @@ Widening is exact; narrowing rounds to the nearest, ties to even, keeps NaN, and
 from __future__ import annotations
 
 import operator
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,6 +46,8 @@ def natives(target: _Processor) -> frozenset[str]:
     """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products)."""
     half = target.machine == "aarch64" or target.has("f16c")
     return frozenset({"half"} if half else ()) | frozenset({"pairs"} if target.has("avx512bf16") else ())
+
+
 FOLDED = {  # operations on integers that are known while the kernel is built
     "add": operator.add,
     "sub": operator.sub,
@@ -402,11 +405,27 @@ class Emit:
                 self.lanes + place if of == part else (left[lane] if left else lane)
                 for lane, (of, place) in enumerate(wanted)
             ]
-            numbers = ", ".join(f"i32 {lane}" for lane in chosen)
-            mask = f"<{self.lanes} x i32> <{numbers}>"
-            operands = f"{self.vector} {result.text}, {self.vector} {parts[part].text}"
-            result = self._emit(f"shufflevector {operands}, {mask}", self.vector)
+            result = self._shuffle(result, parts[part], chosen)
         return result
+
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """The columns of a square of vectors: in each round, halves of rows that are `step` apart change places."""
+        rows, step = list(rows), 1
+        while step < self.lanes:
+            for i in range(self.lanes):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    upper = [lane if not lane & step else self.lanes + lane - step for lane in range(self.lanes)]
+                    lower = [lane + step if not lane & step else self.lanes + lane for lane in range(self.lanes)]
+                    rows[i], rows[i + step] = self._shuffle(a, b, upper), self._shuffle(a, b, lower)
+            step *= 2
+        return rows
+
+    def _shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        """Lanes of a (0, 1, ...) and of b (counted on)."""
+        numbers = ", ".join(f"i32 {lane}" for lane in lanes)
+        text = f"{a.type} {a.text}, {b.type} {b.text}, <{self.lanes} x i32> <{numbers}>"
+        return self._emit(f"shufflevector {text}", a.type)
 
     def _splat(self, value: Value) -> Value:
         vector = f"<{self.lanes} x {value.type}>"
@@ -434,6 +453,52 @@ class Emit:
     def add(self, a: Value, b: Value) -> Value:
         """a + b."""
         return self._emit(f"fadd {self.vector} {a.text}, {b.text}", self.vector)
+
+    def constant(self, number: float) -> Value:
+        """A vector of one number, rounded to the accumulators' type."""
+        if self.element == "float":
+            (number,) = struct.unpack("f", struct.pack("f", number))
+        (bits,) = struct.unpack("<Q", struct.pack("<d", number))
+        return Value(self, f"splat ({self.element} 0x{bits:016X})", self.vector)
+
+    def subtract(self, a: Value, b: Value) -> Value:
+        """a - b."""
+        return self._two("fsub", a, b)
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        """a * b."""
+        return self._two("fmul", a, b)
+
+    def divide(self, a: Value, b: Value) -> Value:
+        """a / b."""
+        return self._two("fdiv", a, b)
+
+    def absolute(self, a: Value) -> Value:
+        """|a|."""
+        return self._call(f"llvm.fabs.v{self.lanes}{SUFFIX[self.element]}", self.vector, a)
+
+    def less(self, a: Value, b: Value) -> Value:
+        """A mask of the lanes with a < b; NaN is less than nothing, and nothing is less than NaN."""
+        return self._emit(f"fcmp olt {self.vector} {a.text}, {b.text}", f"<{self.lanes} x i1>")
+
+    def whole(self, a: Value) -> Value:
+        """a rounded to a whole number, ties to even, for |a| < 2**21 (double: 2**50)."""
+        shift = self.constant(1.5 * 2.0**self._digits)  # behind it there is no room for a fraction
+        return self.subtract(self.add(a, shift), shift)
+
+    def power_of_two(self, whole: Value) -> Value:
+        """2**whole, of whole numbers from -126 to 127 (double: from -1022 to 1023)."""
+        bias, integer = (127, "i32") if self.element == "float" else (1023, "i64")
+        # The sum ends in the bits of whole + bias: these become the exponent.
+        sum_ = self.add(whole, self.constant(1.5 * 2.0**self._digits + bias))
+        bits = self._cast("bitcast", sum_, f"<{self.lanes} x {integer}>")
+        moved = self._emit(f"shl {bits.type} {bits.text}, splat ({integer} {self._digits})", bits.type)
+        return self._cast("bitcast", moved, self.vector)
+
+    @property
+    def _digits(self) -> int:
+        """Bits of a number behind its first one."""
+        return 23 if self.element == "float" else 52
 
     # -- half types --------------------------------------------------------------------------------------------------
 
@@ -511,6 +576,11 @@ class Emit:
             return self._emit(f"load {vector}, ptr {address.text}, align 2", vector)
         name, zero = f"llvm.masked.load.v{self.lanes}i32.p0", Value(self, "zeroinitializer", vector)
         return self._call(name, vector, address, Value(self, "2", "i32"), mask, zero)
+
+    def pairs_of(self, first: Value, second: Value) -> Value:
+        """For `dot_pairs`: two vectors of accumulators that were bfloat, as one of pairs."""
+        low, high = (self._cast("bitcast", value, f"<{self.lanes} x i32>") for value in (first, second))
+        return self._cast("bitcast", self._two("or", self._bits("lshr", low, 16), high), self.vector)
 
     def broadcast_pair(self, pointer: Value, offset: Value | int = 0) -> Value:
         """For `dot_pairs`: two neighbouring bfloat elements, in every lane."""
