@@ -17,6 +17,7 @@ from plainconv.functional import (
     explain,
 )
 from plainconv.plan import AlgorithmRefused, algorithms
+from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
 from plainconv.version import __version__
 
 __all__ = [
@@ -31,5 +32,9 @@ __all__ = [
     "conv_transpose3d",
     "explain",
     "functional",
+    "get_allow_builtin",
+    "get_max_workspace",
     "nn",
+    "set_allow_builtin",
+    "set_max_workspace",
 ]

@@ -10,6 +10,9 @@ padding        besides int, tuple of int, "same" and "valid" (the last two not f
 padding_mode   "zeros", "reflect", "replicate" or "circular": what the padding shows.  The transposed functions do the
                adjoint: what falls into the border is added where the mode would have read.
 algorithm      "auto", or one of plainconv.algorithms().
+max_workspace  bytes of scratch memory that the algorithm may use; None: what plainconv.set_max_workspace says, 1 GiB at
+               first.
+allow_builtin  whether torch's own convolution may be chosen; None: what plainconv.set_allow_builtin says, at first no.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from plainconv import ops
 from plainconv.arguments import Spec, Spelled, settle
-from plainconv.plan import AUTO, Explanation, check_algorithm, explain_request
+from plainconv.plan import Explanation, check_algorithm, explain_request
 from plainconv.problem import Direction, Geometry
+from plainconv.settings import AUTO, resolve
 
 
 @lru_cache(4096)
@@ -45,13 +49,15 @@ def conv1d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 1-D convolution; a drop-in for torch.nn.functional.conv1d.
 
     input: [n, c, length], or [c, length] without a batch.  weight: [o, c/groups, k].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
     return _call(conv1d, 1, input, weight, bias, options)
 
 
@@ -66,18 +72,21 @@ def conv2d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 2-D convolution over an input of several channels; a drop-in for torch.nn.functional.conv2d.
 
     input: [n, c, h, w], or [c, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [o] or None.
-    stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm: see plainconv.functional.
+    stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm, max_workspace, allow_builtin:
+    see plainconv.functional.
 
     Returns [n, o, out_h, out_w] of the input's type, with out = (size + lo + hi - dilation*(k-1) - 1) // stride + 1;
     channels_last if the input or the weight is.  Differentiable in input, weight and bias, to any order.
     Raises RuntimeError, in torch's words, if shapes or types do not fit; ValueError for an unknown padding_mode or
     algorithm; AlgorithmRefused if the algorithm named cannot serve the call.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
     return _call(conv2d, 2, input, weight, bias, options)
 
 
@@ -92,13 +101,15 @@ def conv3d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 3-D convolution; a drop-in for torch.nn.functional.conv3d.
 
     input: [n, c, d, h, w], or [c, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm)
+    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
     return _call(conv3d, 3, input, weight, bias, options)
 
 
@@ -114,13 +125,17 @@ def conv_transpose1d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 1-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose1d.
 
     input: [n, o, length], or [o, length] without a batch.  weight: [o, c/groups, k].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    options = _Options(
+        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+    )
     return _call(conv_transpose1d, 1, input, weight, bias, options)
 
 
@@ -136,20 +151,24 @@ def conv_transpose2d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 2-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose2d.
 
     It is the gradient of a convolution with respect to its input, with the very weight of that convolution.
     input: [n, o, h, w], or [o, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [c] or None.
-    stride, dilation, output_padding: int, or one for each dimension.  padding, padding_mode, algorithm: see
-    plainconv.functional.
+    stride, dilation, output_padding: int, or one for each dimension.  padding, padding_mode, algorithm,
+    max_workspace, allow_builtin: see plainconv.functional.
 
     Returns [n, c, out_h, out_w] of the input's type, with
     out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1;
     channels_last if the input or the weight is.
     Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    options = _Options(
+        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+    )
     return _call(conv_transpose2d, 2, input, weight, bias, options)
 
 
@@ -165,13 +184,17 @@ def conv_transpose3d(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
 ) -> Tensor:
     """A 3-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose3d.
 
     input: [n, o, d, h, w], or [o, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    options = _Options(
+        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+    )
     return _call(conv_transpose3d, 3, input, weight, bias, options)
 
 
@@ -186,6 +209,8 @@ def explain(
     *,
     padding_mode: str = "zeros",
     algorithm: str = AUTO,
+    max_workspace: int | None = None,
+    allow_builtin: bool | None = None,
     output_padding: Spec = 0,
     transposed: bool = False,
     direction: str = "forward",
@@ -202,7 +227,9 @@ def explain(
     if output_padding != 0 and not transposed:
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, output_padding)
+    options = _Options(
+        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+    )
     input, weight, bias = _autocast(input, weight, bias)
     first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
     asked = Direction(direction)
@@ -222,6 +249,8 @@ class _Options(NamedTuple):
     groups: int
     padding_mode: str
     algorithm: str
+    max_workspace: int | None
+    allow_builtin: bool | None
     output_padding: Spec = 0
 
 
@@ -259,7 +288,7 @@ def _settled(
         )
     if rank == dims + 1:
         input = input.unsqueeze(0)
-    stride, padding, dilation, groups, padding_mode, algorithm, output_padding = options
+    stride, padding, dilation, groups, padding_mode, *_, output_padding = options
     bias_shape = None if bias is None else bias.shape
     call = Spelled(
         name,
@@ -281,10 +310,11 @@ def _settled(
             shape, geometry = _settle_once(call, _kinds(call[5:10]))  # stride to groups
         except TypeError:  # a list or a SymInt, which cannot be remembered; or a TypeError, which is raised again
             shape, geometry = settle(call)
-    check_algorithm(algorithm)
+    check_algorithm(options.algorithm)
     direction = Direction.GRAD_INPUT if call.transposed else Direction.FORWARD
     channels_last = ops.is_channels_last(input) or ops.is_channels_last(weight)
-    return input, ops.Make(direction, shape, geometry, channels_last, algorithm), rank == dims + 2
+    settings = resolve(options.algorithm, options.max_workspace, options.allow_builtin)
+    return input, ops.Make(direction, shape, geometry, channels_last, settings), rank == dims + 2
 
 
 def _kinds(value: Any) -> Any:

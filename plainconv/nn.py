@@ -1,8 +1,9 @@
 """torch.nn's convolution layers, computed by plainconv: change the import, keep everything else.
 
 Each class is a subclass of torch's of the same name: the constructor, the initialisation, the parameters, the
-state_dict and the repr are torch's own, and `isinstance` holds.  Added are the keyword `algorithm="auto"`, the paddings
-of plainconv.functional that torch lacks, and padding modes for the transposed layers.
+state_dict and the repr are torch's own, and `isinstance` holds.  Added are the keywords `algorithm="auto"`,
+`max_workspace=None` and `allow_builtin=None`, the paddings of plainconv.functional that torch lacks, and padding modes
+for the transposed layers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from plainconv import functional
 from plainconv.arguments import CONV_PADDINGS, Spelled, padding_specs
-from plainconv.plan import AUTO, check_algorithm
+from plainconv.plan import check_algorithm
 from plainconv.problem import PADDING_MODES
+from plainconv.settings import AUTO, resolve
 
 __all__ = [
     "Conv1d",
@@ -37,13 +39,22 @@ __all__ = [
 
 
 class _Layer(_ConvNd):
-    """What all layers add to torch's: the algorithm, and the paddings and modes that torch's constructor refuses."""
+    """What all layers add to torch's: the settings, and the paddings and modes that torch's constructor refuses."""
 
     function: Callable[..., Tensor]
     algorithm: str = AUTO
+    max_workspace: int | None = None
+    allow_builtin: bool | None = None
 
-    def __init__(self, *args: Any, algorithm: str = AUTO, **kwargs: Any) -> None:
-        check_algorithm(algorithm)
+    def __init__(
+        self,
+        *args: Any,
+        algorithm: str = AUTO,
+        max_workspace: int | None = None,
+        allow_builtin: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check(algorithm, max_workspace, allow_builtin)
         try:
             given = inspect.signature(super().__init__).bind(*args, **kwargs)
         except TypeError as error:
@@ -59,14 +70,21 @@ class _Layer(_ConvNd):
         if transposed and mode != "zeros":
             given.arguments["padding_mode"] = "zeros"
         super().__init__(*given.args, **given.kwargs)
-        self.algorithm = algorithm
+        self.algorithm, self.max_workspace, self.allow_builtin = algorithm, max_workspace, allow_builtin
         self.padding_mode = mode
         if added:
             self.padding = padding
 
     def extra_repr(self) -> str:
         told: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return told if self.algorithm == AUTO else f"{told}, algorithm={self.algorithm}"
+        told += "" if self.algorithm == AUTO else f", algorithm={self.algorithm}"
+        told += "" if self.max_workspace is None else f", max_workspace={self.max_workspace}"
+        return told if self.allow_builtin is None else f"{told}, allow_builtin={self.allow_builtin}"
+
+
+def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None) -> None:
+    check_algorithm(algorithm)
+    resolve(algorithm, max_workspace, allow_builtin)
 
 
 def _is_added(padding: Any, transposed: bool) -> bool:
@@ -96,6 +114,8 @@ class _Conv(_Layer):
             self.groups,
             padding_mode=self.padding_mode,
             algorithm=self.algorithm,
+            max_workspace=self.max_workspace,
+            allow_builtin=self.allow_builtin,
         )
 
 
@@ -113,6 +133,8 @@ class _ConvTranspose(_Layer, _ConvTransposeNd):
             self.dilation,
             padding_mode=self.padding_mode,
             algorithm=self.algorithm,
+            max_workspace=self.max_workspace,
+            allow_builtin=self.allow_builtin,
         )
 
     def _output_padding_for(self, input: Tensor, output_size: list[int]) -> list[int]:
@@ -135,12 +157,19 @@ def _half(total: int) -> int | float:
 
 
 class _Lazy:
-    """torch's lazy constructors do not know `algorithm`; everything else they pass on."""
+    """torch's lazy constructors do not know the settings; everything else they pass on."""
 
-    def __init__(self, *args: Any, algorithm: str = AUTO, **kwargs: Any) -> None:
-        check_algorithm(algorithm)
+    def __init__(
+        self,
+        *args: Any,
+        algorithm: str = AUTO,
+        max_workspace: int | None = None,
+        allow_builtin: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check(algorithm, max_workspace, allow_builtin)
         super().__init__(*args, **kwargs)
-        self.algorithm = algorithm
+        self.algorithm, self.max_workspace, self.allow_builtin = algorithm, max_workspace, allow_builtin
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

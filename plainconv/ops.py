@@ -28,42 +28,46 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.menu.base import Tensors
-from plainconv.plan import AUTO, Plan, plan
+from plainconv.plan import Plan, plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
+from plainconv.settings import Settings
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Make(NamedTuple):
-    """What to make: the direction, the shape and memory format of the result, how the kernel moves, and by what."""
+    """What to make: the direction, the shape and memory format of the result, how the kernel moves, and by what.
+
+    The settings are part of it, so that derivatives are made under those of the call.
+    """
 
     direction: Direction
     shape: tuple[int, ...]
     geometry: Geometry
     channels_last: bool = False
-    algorithm: str = AUTO
+    settings: Settings = Settings()
 
     def derivative(self, role: str, like: Tensor) -> Make:
         """The direction that makes tensor `role`, in the shape and format of `like`."""
-        return Make(Direction.making(role), like.shape, self.geometry, is_channels_last(like), self.algorithm)
+        return Make(Direction.making(role), like.shape, self.geometry, is_channels_last(like), self.settings)
 
     def operands(self) -> tuple[Any, ...]:
         """The arguments of the operator that come after the tensors."""
         stride, padding, dilation, groups, mode = self.geometry
         flat = [side for pair in padding for side in pair]
-        return list(self.shape), list(stride), flat, list(dilation), groups, mode, self.channels_last, self.algorithm
+        return list(self.shape), list(stride), flat, list(dilation), groups, mode, self.channels_last, *self.settings
 
     @staticmethod
     def of(direction: Direction, shape: Any, stride: Any, padding: Any, dilation: Any, *rest: Any) -> Make:
-        groups, mode, channels_last, algorithm = rest
+        groups, mode, channels_last, *settings = rest
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
         return Make(
             direction,
             tuple(shape),
             Geometry(tuple(stride), pairs, tuple(dilation), groups, mode),
             channels_last,
-            algorithm,
+            Settings(*settings),
         )
 
 
@@ -142,9 +146,19 @@ def _empty(like: Tensor, make: Make) -> Tensor:
 def _plan(
     make: Make, first: torch.Size, second: torch.Size, dtype: torch.dtype, device: str, has_bias: bool, threads: int
 ) -> Plan:
-    problem = _problem(make, first, second)
-    request = Request(problem, make.direction, dtype, device, make.channels_last, has_bias, threads)
-    return plan(request, make.algorithm)
+    problem, settings = _problem(make, first, second), make.settings
+    request = Request(
+        problem,
+        make.direction,
+        dtype,
+        device,
+        make.channels_last,
+        has_bias,
+        threads,
+        settings.max_workspace,
+        allow_builtin=settings.allow_builtin,
+    )
+    return plan(request, settings.algorithm)
 
 
 def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:
@@ -153,7 +167,17 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
     own = direction is make.direction
     like = {make.direction.given[0]: first, make.direction.given[1]: second}.get(direction.makes, first)
     channels_last = make.channels_last if own else is_channels_last(like)  # a gradient has its tensor's format
-    return Request(problem, direction, first.dtype, first.device.type, channels_last, own and bias is not None, threads)
+    return Request(
+        problem,
+        direction,
+        first.dtype,
+        first.device.type,
+        channels_last,
+        own and bias is not None,
+        threads,
+        make.settings.max_workspace,
+        allow_builtin=make.settings.allow_builtin,
+    )
 
 
 def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvProblem:
@@ -338,7 +362,7 @@ def _unfold(tensor: Tensor, role: str, letter: str, groups: int, size: int) -> T
 
 _ARGUMENTS = (
     "Tensor? bias, SymInt[] size, int[] stride, SymInt[] padding, int[] dilation, int groups, "
-    "str padding_mode, bool channels_last, str algorithm"
+    "str padding_mode, bool channels_last, str algorithm, int max_workspace, bool allow_builtin"
 )
 _LIBRARY = torch.library.Library("plainconv", "DEF")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
+from plainconv.settings import AUTO
 
-AUTO = "auto"
 SLOW_REFERENCE = 1e8  # multiplies from which the reference warns
 
 

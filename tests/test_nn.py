@@ -90,7 +90,7 @@ def test_same_weights_attributes_repr_and_result_from_the_same_arguments(name, o
         assert torch.equal(mine.state_dict()[key], value)
         assert mine.state_dict()[key].dtype == options["dtype"]
     assert repr(mine) == repr(torchs)
-    added = {"algorithm"}
+    added = {"algorithm", "max_workspace", "allow_builtin"}
     assert vars(mine).keys() - added == vars(torchs).keys()
     for key in torchs.__constants__:
         assert getattr(mine, key) == getattr(torchs, key)
@@ -283,7 +283,7 @@ def test_algorithm(name, monkeypatch):
     original = plainconv.ops.convolve
 
     def watched(first, second, bias, make):
-        asked.append(make.algorithm)
+        asked.append(make.settings.algorithm)
         return original(first, second, bias, make)
 
     monkeypatch.setattr(plainconv.ops, "convolve", watched)

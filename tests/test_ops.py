@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 import plainconv
 from plainconv import ops
 from plainconv.problem import ConvProblem, Direction
+from plainconv.settings import Settings
 
 directions = pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda direction: direction.value)
 
@@ -69,7 +70,7 @@ def of_problem(text, direction, dtype=torch.float64, bias=False, last=False, alg
     first, second = (reals(problem.shape_of(role), dtype, seed) for seed, role in enumerate(direction.given))
     shape = problem.shape_of(direction.makes)
     bias = reals((shape[1],), dtype, 7) if bias and direction is not Direction.GRAD_WEIGHT else None
-    return first, second, bias, ops.Make(direction, shape, problem.geometry, last, algorithm)
+    return first, second, bias, ops.Make(direction, shape, problem.geometry, last, Settings(algorithm))
 
 
 X, W, B = (2, 3, 6, 7), (4, 3, 3, 2), (4,)

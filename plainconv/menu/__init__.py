@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plainconv.menu import depthwise, fft, im2col, loops, narrow, reference, shift
+from plainconv.menu import builtin, depthwise, fft, im2col, loops, narrow, reference, shift
 from plainconv.menu.base import Algorithm
 
 ALGORITHMS: tuple[Algorithm, ...] = (
@@ -12,5 +12,6 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     fft.ALGORITHM,  # sliding becomes multiplying, frequency by frequency
     narrow.ALGORITHM,  # few channels: lanes along the width, machine code
     depthwise.ALGORITHM,  # one input channel a group: rows share what they load
+    builtin.ALGORITHM,  # torch's own, where it is allowed
     reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
 )

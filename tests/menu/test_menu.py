@@ -50,7 +50,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 
 def asked_for(algorithm, text, direction, dtype, **more):
     """The request, unless there is nothing to check."""
-    asked = request(ConvProblem.parse(text), direction, dtype, **more)
+    asked = request(ConvProblem.parse(text), direction, dtype, allow_builtin=algorithm.name == "builtin", **more)
     if refuses(algorithm, asked):
         pytest.skip("refused, or too long for loops")
     return asked
@@ -524,7 +524,7 @@ def test_what_an_algorithm_says_of_a_request(algorithm, direction, problem, dtyp
 
 def test_the_menu():
     names = [algorithm.name for algorithm in ALGORITHMS]
-    assert names == ["loops", "shift", "im2col", "fft", "narrow", "depthwise", "reference"]
+    assert names == ["loops", "shift", "im2col", "fft", "narrow", "depthwise", "builtin", "reference"]
     assert len(set(FLOATS + COMPLEX + INTEGERS)) == len(DTYPES) == 12
     with pytest.raises(dataclasses.FrozenInstanceError):
         ALGORITHMS[0].name = "other"
