@@ -2,12 +2,13 @@
 
 Two kernels, compiled like any other:
 
-    arithmetic   r_i = r_i * m + a, in CHAINS registers that do not wait for each other, nothing else
+    arithmetic   r_i = r_i * m + a in as many registers as there are, which do not wait for each other
     copy         blocks of memory, whole vectors; the time of a copy that reads and writes so many bytes in all
 
 A layer can take no less than the longest of three: its operations at the first speed, a copy of as many bytes as its
 three tensors have, and the shortest call of a convolution there is (one product; the faster of torch and plainconv).
-Half types are computed in float32, so their arithmetic is that of float32.
+Half types are summed in float32, so their arithmetic is that of float32; for bfloat16 it is the processor's dot product
+of pairs, r_i = r_i + m * a + n * b, where there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -23,13 +23,13 @@ import torch
 from plainconv.bench.calls import CONTIGUOUS, ours, tensors, torchs
 from plainconv.bench.suites import Layer
 from plainconv.cpu.compile import Kernel, Target, compile
-from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.emit import SCALARS, Emit, Value, natives
 from plainconv.cpu.launch import launch
 from plainconv.problem import ConvProblem
 
-CHAINS = 12  # registers; more than latency times throughput of any processor known here
-REPEATS = 100_000  # of all chains in one measurement: some hundred microseconds
-ROUNDS = 25
+SPARE = 4  # registers that are not summed in
+REPEATS = 50_000  # of all registers in one call: some hundred microseconds
+OWN = 4096  # bytes that each thread reads from and writes to, away from the others
 BLOCK = 4096  # bytes that a thread copies at once
 COPIES = tuple(1 << power for power in range(15, 29))  # bytes read and written: 32 KiB to 256 MiB
 
@@ -73,45 +73,48 @@ class Peaks:
 
 
 def measured(dtype: torch.dtype, threads: int) -> Peaks:
-    """Measure the machine, in about a second."""
+    """Measure the machine, in two or three seconds."""
+    _flops(dtype, threads)  # threads that have just been made may share one core for some tenths of a second
     return Peaks(_flops(dtype, threads), tuple((size, _copy_s(size, threads)) for size in COPIES), _call_s(dtype))
 
 
 def _flops(dtype: torch.dtype, threads: int) -> float:
+    host = Target.host()
     element, width = ("double", 8) if dtype == torch.float64 else ("float", 4)
-    lanes = Target.host().bits // 8 // width
-    kernel = _arithmetic(lanes, element)
-    space = torch.ones((threads + 2) * 64, dtype=torch.float64)  # a cache line and more for each thread
+    pairs = dtype == torch.bfloat16 and "pairs" in natives(host)
+    lanes, chains = host.bits // 8 // width, host.registers - SPARE
+    kernel = _arithmetic(lanes, element, chains, pairs)
+    space = torch.zeros(threads * OWN // 8, dtype=torch.float64)
     args = (space.data_ptr(), REPEATS)
-    spent = _best(lambda: launch(kernel, args, threads, threads))
-    return 2 * lanes * CHAINS * REPEATS * threads / spent
+    spent = _best(lambda: launch(kernel, args, threads, threads), 0.5)
+    return (4 if pairs else 2) * lanes * chains * REPEATS * threads / spent
 
 
 def _copy_s(size: int, threads: int) -> float:
     blocks = size // 2 // BLOCK
     source, target = torch.ones(2, blocks * BLOCK, dtype=torch.uint8)
     kernel, args = _copy(Target.host().bits // 32), (source.data_ptr(), target.data_ptr())
-    return _best(lambda: launch(kernel, args, blocks, threads))
+    return _best(lambda: launch(kernel, args, blocks, threads), 0.05)
 
 
 def _call_s(dtype: torch.dtype) -> float:
     one = Layer("", "one product", ConvProblem.parse("n1 c1 o1 x1x1 k1x1"))
     given = tensors(one, dtype).to(CONTIGUOUS)
-    return min(_middle(make(one, "forward", given)) for make in (torchs, ours))
+    return min(_best(make(one, "forward", given), 0.1) for make in (torchs, ours))
 
 
-def _arithmetic(lanes: int, element: str) -> Kernel:
-    e = Emit(lanes, element)
+def _arithmetic(lanes: int, element: str, chains: int, pairs: bool) -> Kernel:
+    e = Emit(lanes, element, natives(Target.host()))
     space, repeats = e.arguments("ptr", "i64")
-    own = e.at(space, e.begin * (256 // (4 if element == "float" else 8)))
-    m, a = e.load(own), e.load(own, lanes)
+    own = e.at(space, e.begin * (OWN // SCALARS[element]))
+    m, a = (e.load_pairs(own), e.load_pairs(own, lanes)) if pairs else (e.load(own), e.load(own, lanes))
 
-    def step(_: Value, chains: list[Value]) -> list[Value]:
-        return [e.fma(chain, m, a) for chain in chains]
+    def step(_: Value, sums: list[Value]) -> list[Value]:
+        return [e.dot_pairs(each, m, a) if pairs else e.fma(each, m, a) for each in sums]
 
     total = e.zero
-    for chain in e.loop(repeats, [e.load(own)] * CHAINS, step):
-        total = e.add(total, chain)
+    for each in e.loop(repeats, [e.load(own)] * chains, step):
+        total = e.add(total, each)
     e.store(total, own)
     return compile(e.module())
 
@@ -132,18 +135,12 @@ def _copy(lanes: int) -> Kernel:
     return compile(e.module())
 
 
-def _best(call: Callable[[], object]) -> float:
-    return min(_times(call))
-
-
-def _middle(call: Callable[[], object]) -> float:
-    return median(_times(call, 500))
-
-
-def _times(call: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
-    spent = []
-    for _ in range(rounds):
+def _best(call: Callable[[], object], seconds: float) -> float:
+    """The shortest of the calls of some time; of three at least."""
+    spent: list[float] = []
+    end = perf_counter() + seconds
+    while len(spent) < 3 or perf_counter() < end:
         start = perf_counter()
         call()
         spent.append(perf_counter() - start)
-    return spent[1:]
+    return min(spent)

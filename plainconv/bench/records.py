@@ -241,17 +241,15 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append("  * torch finishes the call in under 25 us")
     for row in rows:
         if row.regret:
-            each = ", ".join(
-                f"{name} {seconds(spent)}" for name, spent in sorted(row.regret.seconds.items(), key=lambda kv: kv[1])
-            )
-            out = "".join(f"; {name} left out: {why}" for name, why in row.regret.left_out.items())
-            notes.append(f"  {row.layer.name}: regret {row.regret.value:.2f} ({each}{out})")
+            each = sorted(row.regret.seconds.items(), key=lambda pair: pair[1])
+            said = ", ".join(f"{name} {seconds(spent)}" for name, spent in each)
+            out = "".join(f"; {name}: {why}" for name, why in row.regret.left_out.items())
+            notes.append(f"  {row.layer.name}: regret {row.regret.value:.2f} ({said}{out})")
         for name, told in row.against.items():
             if isinstance(told, str):
                 notes.append(f"  {row.layer.name}: {name}: {told}")
-            elif row.right:
-                ratio = told.median_s / row.ours[row.our_best].median_s
-                notes.append(f"  {row.layer.name}: {name} {seconds(told.median_s)}, ratio {ratio:.2f}")
+            elif name != "ours":
+                notes.append(f"  {row.layer.name}: {name} {seconds(told.median_s)}, ratio {row.ratio_to(name):.2f}")
     return notes
 
 

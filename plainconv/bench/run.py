@@ -7,7 +7,7 @@ called a few times only, since the better of the two counts.  A layer whose resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from plainconv.bench import calls
+from plainconv.bench.against import Library, call_of
 from plainconv.bench.calls import Call, Tensors
 from plainconv.bench.check import Exact, Verdict, exact, judge
 from plainconv.bench.peaks import Peaks
@@ -44,7 +45,7 @@ class Setting:
         seconds: how long the sides of a layer are timed, about.
         regret: whether every able algorithm is timed as well.
         full: whether layers over 4 GFLOP stay whole.
-        against: name -> what makes other libraries' call of a layer, or says why there is none.
+        against: name -> another library to be timed beside.
     """
 
     direction: str
@@ -54,7 +55,7 @@ class Setting:
     seconds: float = 1.0
     regret: bool = False
     full: bool = False
-    against: Mapping[str, Callable[[Layer, Tensors], Call | str]] | None = None
+    against: Mapping[str, Library] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Row:
         first_call_s: the first call of the process for this layer: planning and compiling included.
         scratch, torch_scratch: memory formats' best: workspace of our plan; what torch allocated beyond its result.
         regret: see Regret; None if not asked for.
-        against: name -> its timing, or why there is none.
+        against: name -> its timing, or why there is none; "ours" is what took turns with them.
     """
 
     layer: Layer
@@ -127,6 +128,13 @@ class Row:
         if not self.right or layout not in self.ours:
             return None
         return self.torch[layout].median_s / self.ours[layout].median_s
+
+    def ratio_to(self, library: str) -> float | None:
+        """Another library's time over ours, which took turns with it; None if there is none, or if ours is wrong."""
+        theirs, own = self.against.get(library), self.against.get("ours")
+        if not self.right or not isinstance(theirs, Timing) or not isinstance(own, Timing):
+            return None
+        return theirs.median_s / own.median_s
 
     @property
     def flop(self) -> int:
@@ -190,7 +198,10 @@ def measure(layer: Layer, setting: Setting) -> Row:
     times = 3 if direction == "train" else 1
     limit = setting.peaks.limit(layer.flop * times, moved * times)
     at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
-    others = {name: make(layer, laid[calls.CONTIGUOUS]) for name, make in (setting.against or {}).items()}
+    others = {
+        name: call_of(library, layer, laid[calls.CONTIGUOUS], direction, setting.threads)
+        for name, library in (setting.against or {}).items()
+    }
     return Row(
         layer=layer,
         cut_from=None if layer is whole else str(whole.problem),
@@ -207,7 +218,7 @@ def measure(layer: Layer, setting: Setting) -> Row:
         scratch=max(_chosen(each).cost.workspace for each in told[at_best]),
         torch_scratch=torchs_peak(torchs[best(timings["torch"])]),
         regret=_regret(layer, setting, laid[at_best], told[at_best], expected) if setting.regret and right else None,
-        against=_others(others, expected, ours[at_best], setting.seconds),
+        against=_others(others, expected, ours[at_best], setting.seconds) if right else {},
     )
 
 
@@ -281,7 +292,7 @@ def _regret(
         if verdict.cost is None:
             continue
         if verdict.cost.seconds > FAR * least:
-            left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times that of {explanation.chosen}"
+            left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times the best"
             continue
         call = calls.ours(layer, setting.direction, given, name)
         if not judge(call()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
