@@ -270,7 +270,7 @@ def bench_suites(
         out.mkdir(parents=True, exist_ok=True)
         stem = "-".join((direction, dtype, "+".join(dict.fromkeys(names))[:100]))
         with write_whole(out / f"{stem}.json") as file:
-            file.write((json.dumps(records, indent=1) + "\n").encode())
+            file.write(bench.as_json(records).encode())
         print(out / f"{stem}.json")
         if drawn:
             from plainconv.plots import bars

@@ -3,7 +3,7 @@
 import pytest
 
 from plainconv import timing
-from plainconv.timing import in_turn, machine
+from plainconv.timing import duration, in_turn, machine
 
 
 def test_calls_take_turns_after_one_call_that_is_not_counted():
@@ -34,3 +34,27 @@ def test_the_machine():
 def test_an_error_in_a_call_is_raised():
     with pytest.raises(ZeroDivisionError):
         in_turn({"a": lambda: 1 / 0})
+
+
+def test_a_turn_may_last_and_its_first_call_does_not_count(monkeypatch):
+    clock, seen = [0.0], []
+
+    def call(name, spent):
+        seen.append(name)
+        clock[0] += spent
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    calls = {"short": lambda: call("short", 1 if seen[-1] == "short" else 9), "long": lambda: call("long", 20)}
+    seen.append("")
+    found = in_turn(calls, seconds=0, least=2, turn_s=12)
+    assert seen[3:] == [*["short"] * 4, "long"] * 2
+    assert (found["short"].median_s, found["short"].calls) == (1, 6)
+    assert (found["long"].median_s, found["long"].calls) == (20, 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0000012, "1.2 µs"), (0.00123, "1.23 ms"), (0.9994, "999 ms"), (12.34, "12.3 s"), (1230, "1,230 s")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said

@@ -2,7 +2,7 @@
 
 from plainconv.bench.against import others
 from plainconv.bench.peaks import Peaks, measured
-from plainconv.bench.records import as_records, drawn, heading, rows_of, summary, table
+from plainconv.bench.records import as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure
 from plainconv.bench.suites import Layer, load, named
 
@@ -12,6 +12,7 @@ __all__ = [
     "Row",
     "Setting",
     "alone",
+    "as_json",
     "as_records",
     "drawn",
     "heading",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,6 +66,13 @@ def as_records(rows: Sequence[Row], setting: Setting) -> dict[str, Any]:
         "peaks": asdict(setting.peaks),
         "rows": [_record(row) for row in rows],
     }
+
+
+def as_json(records: Mapping[str, Any]) -> str:
+    """The records as JSON, a line for each layer."""
+    head = json.dumps({name: value for name, value in records.items() if name != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in records["rows"])
+    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -1,0 +1,414 @@
+"""The kernel of `direct` and `pointwise`: one matrix product for each block of the output, its strip gathered first.
+
+    y[o, f]  =  bias[o]  +  sum over c, t  of  w[o, c, t] * s[c, f + shift(t)]
+
+f counts the output places of a block, row after row without a gap.  s is a strip of the padded input, gathered into
+scratch memory that stays in the cache, so that tap t of every place of the block is one and the same shift away: it
+holds a copy of the rows for each tap along the width (or, if the block lies within one row, for each phase of the
+stride).  Borders, strides, dilation, half types and odd strides of memory end here: the product knows nothing of them.
+
+    task         an image, a group, a block of the output, and some of the output channels
+      gather     the strip, channel by channel
+      tile       `scalars` x `vectors` registers of sums
+        c, t     load vectors; broadcast scalars; acc[i][v] += scalar[i] * vector[v]
+
+The two factors are alike, and either may be the vectors.  If the output is contiguous its places are: `a` is the strip
+and `b` the weight as it lies, nothing is packed.  If it is channels_last, the output channels are: `a` is the weight,
+packed before, and `b` the strip.  Sizes, kernel, stride and dilation are arguments, so a few kernels serve all.
+
+With the dot product of AVX512-BF16 a step takes two channels: strip and weight hold pairs of bfloat, one pair where
+otherwise a float is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from plainconv.cpu.emit import SCALARS, Emit, Value
+from plainconv.cpu.epilogue import finish
+
+PICKED_STRIDE = 2  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
+
+POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "slots", "taps", "depth_table", "row_table", "col_table")
+SIZES = (
+    "tasks",
+    "shares",  # how many threads the tasks are dealt to, each with its own scratch
+    "share",  # elements of scratch of each
+    "entries",  # where in a share the list of what to copy begins
+    "groups",
+    "group_in",
+    "group_out",
+    "x_image",
+    "x_channel",
+    "x_depth",
+    "x_row",
+    "x_col",
+    "in_width",
+    "y_image",
+    "y_channel",
+    "y_place",
+    "out_depth",
+    "out_rows",
+    "out_width",
+    "stride_depth",
+    "stride_rows",
+    "stride_cols",
+    "lo",  # padding before a row
+    "block_rows",  # rows and columns of a block
+    "block_cols",
+    "row_blocks",
+    "col_blocks",
+    "parts",  # of the output channels
+    "slot_count",  # rows of the strip
+    "slot_length",  # their length
+    "pitch",  # from a channel of the strip to the next (from a place to the next, if channels lie side by side)
+    "tap_count",
+    "a_group",
+    "a_channel",
+    "a_tile",  # from one tile of vectors to the next
+    "b_group",
+    "b_scalar",  # from a scalar of the tile to the next
+    "b_channel",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the text of a kernel depends on.
+
+    element   of the sums
+    lanes     of a vector
+    over      what the lanes are: "places" of the output or "outputs"
+    source    the strip is gathered from "rows" (neighbours along the width side by side), from "pixels" (neighbouring
+              channels side by side), from any memory through a "table"; "none": the input is used as it lies
+    stride    along the width, of "rows"
+    one_tap   a 1x1 kernel
+    scalars   x vectors: the tile
+    pairs     whether a step multiplies two channels of bfloat
+    stored    type of the tensors; bias, activation and residual as in Request
+    """
+
+    element: str
+    stored: str
+    native: frozenset[str]
+    pairs: bool
+    lanes: int
+    over: str
+    source: str
+    stride: int
+    one_tap: bool
+    has_bias: bool
+    has_residual: bool
+    activation: str | None
+    scalars: int
+    vectors: int
+
+    @property
+    def steps(self) -> int:
+        """Channels that one step multiplies."""
+        return 2 if self.pairs else 1
+
+
+MOST_FIELDS = 2 + PICKED_STRIDE
+
+
+@lru_cache(512)
+def text(shape: Shape) -> str:
+    """The kernel of this shape: POINTERS and SIZES are its arguments, tasks are shares."""
+    return _Dense(shape).kernel()
+
+
+def fields(shape: Shape) -> int:
+    """Numbers that describe one copy of the gathering: from where, to where, and which lanes are real."""
+    return 2 + (shape.stride if shape.source == "rows" else 1)
+
+
+class _Dense:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.e = e = Emit(shape.lanes, shape.element, shape.native)
+        # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
+        as_it_lies = shape.over == "places" or shape.source == "none"
+        self.b_type = shape.stored if as_it_lies and not shape.pairs else shape.element
+        given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
+        self.given = of = dict(zip((*POINTERS, *SIZES), given, strict=True))
+        self.channels = (of["group_in"] + (shape.steps - 1)) // shape.steps
+
+    def kernel(self) -> str:
+        e, of = self.e, self.given
+
+        def share(i: Value, _: list[Value]) -> Sequence[Value]:
+            number = e.begin + i
+            first = number * of["tasks"] // of["shares"]
+            last = (number + 1) * of["tasks"] // of["shares"]
+            scratch = e.at(of["scratch"], number * of["share"])
+
+            def task(i: Value, carried: list[Value]) -> Sequence[Value]:
+                block = (first + i) // of["parts"]
+                place = self.place(block)
+                if self.shape.source != "none":
+                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, *place))
+                self.products(scratch, (first + i) % of["parts"], *place)
+                return [block]
+
+            e.loop(last - first, [e.number(-1)], task)
+            return []
+
+        e.loop(e.end - e.begin, [], share)
+        return e.module()
+
+    def place(self, block: Value) -> tuple[Value, ...]:
+        """Image, group, depth, first row and first column of a block."""
+        of = self.given
+        block, col = block // of["col_blocks"], block % of["col_blocks"]
+        block, row = block // of["row_blocks"], block % of["row_blocks"]
+        block, depth = block // of["out_depth"], block % of["out_depth"]
+        image, group = block // of["groups"], block % of["groups"]
+        return image, group, depth, row * of["block_rows"], col * of["block_cols"]
+
+    # -- gathering ---------------------------------------------------------------------------------------------------
+
+    def gather(self, scratch: Value, image: Value, group: Value, depth: Value, row: Value, col: Value) -> None:
+        """Fill the strip of a block: first a list of what to copy, the same for every channel, then the copies."""
+        e, of, shape = self.e, self.given, self.shape
+        entries = e.at(scratch, of["entries"])
+        x = e.at(of["x"], image * of["x_image"] + group * of["group_in"] * of["x_channel"], shape.stored)
+        pixels = shape.source == "pixels"
+        vectors = of["slot_length"] if pixels else (of["slot_length"] + (shape.lanes - 1)) // shape.lanes
+        size = fields(shape)
+
+        def each_slot(j: Value, _: list[Value]) -> Sequence[Value]:
+            by_depth, by_row, by_col = (e.scalar(of["slots"], j * 3 + i, "i64") for i in range(3))
+            d = e.scalar(of["depth_table"], depth * of["stride_depth"] + by_depth, "i64")
+            r = e.scalar(of["row_table"], row * of["stride_rows"] + by_row, "i64")
+            start = d * of["x_depth"] + r * of["x_row"]
+            real = e.compare("sge", e.least(d, r), 0)
+
+            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+                at = (j * vectors + v) * size
+                step = 1 if pixels else shape.lanes
+                first = (col + v * step) * of["stride_cols"] + by_col  # in the padded row
+                if pixels:
+                    place = e.scalar(of["col_table"], first, "i64")
+                    here = e.select(e.compare("sge", place, 0), e.number(-1), e.number(0))
+                    values = [start + place * of["x_col"], here]
+                elif shape.source == "table":
+                    values = [start, first]
+                else:
+                    begin = first - of["lo"]
+                    masks = [e.bits_within(begin + p * shape.lanes, of["in_width"]) for p in range(shape.stride)]
+                    values = [start + begin, *masks]
+                to = (j * of["slot_length"] + v * step) * (of["pitch"] if pixels else 1)
+                if shape.source != "table":
+                    values[1:] = [e.select(real, bits, e.number(0)) for bits in values[1:]]
+                else:
+                    values[1] = e.select(real, values[1], e.number(-1))
+                for i, value in enumerate((to, *values)):
+                    e.put(value, entries, at + i)
+                return []
+
+            e.loop(vectors, [], each_vector)
+            return []
+
+        e.loop(of["slot_count"], [], each_slot)
+        copy = {"rows": self.copy_row, "pixels": self.copy_pixel, "table": self.copy_table}[shape.source]
+        count = of["slot_count"] * vectors
+
+        if pixels:
+            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), [x], scratch))
+            return
+
+        def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
+            to = e.at(scratch, c * of["pitch"])
+            channels = [e.at(x, (c * shape.steps + i) * of["x_channel"], shape.stored) for i in range(shape.steps)]
+            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), channels, to))
+            return []
+
+        e.loop(self.channels, [], each_channel)
+
+    def copy_row(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
+        e, shape = self.e, self.shape
+        at, start, *bits = (e.scalar(entry, i, "i64") for i in range(2 + shape.stride))
+        masks = [e.mask(lanes) for lanes in bits]
+        rows = []
+        for x in channels:
+            parts = [e.load(x, start + p * shape.lanes, mask, shape.stored) for p, mask in enumerate(masks)]
+            rows.append(e.every(shape.stride, 0, parts))
+        e.store(self.together(rows), to, at)
+        return []
+
+    def copy_table(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
+        e, of, shape = self.e, self.given, self.shape
+        at, start, first = (e.scalar(entry, i, "i64") for i in range(3))
+        # Outside along another dimension: look anywhere, take nothing.
+        places = e.places(e.most(first, 0), of["stride_cols"])
+        shown = e.gather(of["col_table"], places, None, "i64")
+        real = e.compare_lanes("sge", shown, e.select(first < 0, e.number((1 << 63) - 1), e.number(0)))
+        there = e.move_places(e.scale_places(shown, of["x_col"]), start)
+        carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored  # not every target has vectors of half types
+        rows = [e.widen(e.gather(x, there, real, carrier), shape.stored) for x in channels]
+        e.store(self.together(rows), to, at)
+        return []
+
+    def copy_pixel(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
+        e, shape, lanes = self.e, self.shape, self.shape.lanes
+        (x,) = channels
+        at, start, bits = (e.scalar(entry, i, "i64") for i in range(3))
+
+        def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+            mask = e.mask(e.integer("and", bits, e.bits_within(0, self.channels - v * lanes)))
+            if shape.pairs:
+                value = e.load_pairs(x, start + v * (2 * lanes), mask)
+            else:
+                value = e.load(x, start + v * lanes, mask, shape.stored)
+            e.store(value, to, at + v * lanes)
+            return []
+
+        e.loop((self.channels + (lanes - 1)) // lanes, [], each_vector)
+        return []
+
+    def together(self, rows: Sequence[Value]) -> Value:
+        """What the strip holds of these channels."""
+        return self.e.pairs_of(rows[0], rows[1]) if self.shape.pairs else rows[0]
+
+    # -- the product -------------------------------------------------------------------------------------------------
+
+    def products(
+        self, scratch: Value, part: Value, image: Value, group: Value, depth: Value, row: Value, col: Value
+    ) -> None:
+        """All tiles of a task: output channels outside, places inside."""
+        e, of, shape = self.e, self.given, self.shape
+        rows = e.least(of["block_rows"], of["out_rows"] - row)
+        cols = e.least(of["block_cols"], of["out_width"] - col)
+        places = rows * cols
+        first = (depth * of["out_rows"] + row) * of["out_width"] + col
+        y = image * of["y_image"] + group * of["group_out"] * of["y_channel"] + first * of["y_place"]
+        strip = scratch
+        if shape.source == "none":
+            corner = image * of["x_image"] + group * of["group_in"] * of["x_channel"] + first * of["x_col"]
+            strip = e.at(of["x"], corner, shape.stored)
+        channel = group * of["group_out"]
+        if shape.over == "places":
+            a, b = strip, e.at(of["b"], group * of["b_group"], self.b_type)
+            lanes_count, scalar_count, scalar_step = places, of["group_out"], "y_channel"
+        else:
+            a, b = e.at(of["a"], group * of["a_group"]), strip
+            lanes_count, scalar_count, scalar_step = of["group_out"], places, "y_place"
+        width = shape.vectors * shape.lanes
+        all_vectors = (lanes_count + (shape.lanes - 1)) // shape.lanes
+        tiles, singles = all_vectors // shape.vectors, all_vectors % shape.vectors
+
+        def tile(vectors: int, at: Value, a_at: Value, i: Value, count: int) -> None:
+            """`count` scalars from i on, and vectors from lane `at` on; the last vector may be a part of one."""
+            masks = [None] * (vectors - 1) + [e.tail(lanes_count - at - (vectors - 1) * shape.lanes)]
+            acc = self.sums(e.at(a, a_at), e.at(b, i * of["b_scalar"], self.b_type), channel, at, i, count, masks)
+            for s in range(count):
+                for v, mask in enumerate(masks):
+                    offset = y + (i + s) * of[scalar_step] + (at + v * shape.lanes)
+                    total = acc[s * vectors + v]
+                    residual = e.load(of["residual"], offset, mask, shape.stored) if shape.has_residual else None
+                    e.store(finish(e, total, residual, shape.activation), of["y"], offset, mask, shape.stored)
+
+        def over_lanes(begin: Value, end: Value, body: Callable[[int, Value, Value], None]) -> None:
+            """Whole tiles, then vector by vector; begin and end count both."""
+            whole = e.most(e.least(end, tiles) - begin, 0)
+
+            def a_tile(i: Value, _: list[Value]) -> Sequence[Value]:
+                body(shape.vectors, (begin + i) * width, (begin + i) * of["a_tile"])
+                return []
+
+            def a_vector(i: Value, _: list[Value]) -> Sequence[Value]:
+                behind = (begin + whole - tiles + i) * shape.lanes
+                body(1, tiles * width + behind, tiles * of["a_tile"] + behind)
+                return []
+
+            e.loop(whole, [], a_tile)
+            e.loop(end - begin - whole, [], a_vector)
+
+        def over_scalars(begin: Value, end: Value, body: Callable[[int, Value], None]) -> None:
+            """Tiles of scalars; the last overlaps the one before it, and computes the same there."""
+
+            def whole(i: Value, _: list[Value]) -> Sequence[Value]:
+                body(shape.scalars, e.least((begin + i) * shape.scalars, scalar_count - shape.scalars))
+                return []
+
+            e.loop(end - begin, [], whole)
+
+        scalar_tiles = (scalar_count + (shape.scalars - 1)) // shape.scalars
+        if shape.over == "places":
+            begin, end = part * scalar_tiles // of["parts"], (part + 1) * scalar_tiles // of["parts"]
+
+            def outputs(count: int, i: Value) -> None:
+                over_lanes(e.number(0), tiles + singles, lambda vectors, at, a_at: tile(vectors, at, a_at, i, count))
+
+            over_scalars(begin, end, outputs)
+            return
+        lane_tiles = tiles + singles
+        begin, end = part * lane_tiles // of["parts"], (part + 1) * lane_tiles // of["parts"]
+
+        def outputs_of(vectors: int, at: Value, a_at: Value) -> None:
+            few = scalar_count < shape.scalars
+
+            def one_by_one(i: Value, _: list[Value]) -> Sequence[Value]:
+                tile(vectors, at, a_at, i, 1)
+                return []
+
+            if shape.scalars > 1:
+                e.loop(e.select(few, scalar_count, e.number(0)), [], one_by_one)
+            whole = e.select(few, e.number(0), scalar_tiles)
+            over_scalars(e.number(0), whole, lambda count, i: tile(vectors, at, a_at, i, count))
+
+        over_lanes(begin, end, outputs_of)
+
+    def sums(
+        self,
+        a: Value,
+        b: Value,
+        channel: Value,
+        lane: Value,
+        scalar: Value,
+        scalars: int,
+        masks: Sequence[Value | None],
+    ) -> list[Value]:
+        """The sums [scalars, vectors] of one tile; `masks` of its vectors."""
+        e, of, shape = self.e, self.given, self.shape
+        vectors = len(masks)
+        acc = [e.zero] * (scalars * vectors)
+        if shape.has_bias and shape.over == "places":
+            each = [e.broadcast(e.scalar(of["bias"], channel + scalar + s, shape.stored)) for s in range(scalars)]
+            acc = [value for value in each for _ in range(vectors)]
+        elif shape.has_bias:
+            places = [channel + lane + v * shape.lanes for v in range(vectors)]
+            each = [e.load(of["bias"], p, mask, shape.stored) for p, mask in zip(places, masks, strict=True)]
+            acc = each * scalars
+
+        def multiply(acc: Value, a: Value, b: Value) -> Value:
+            return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)
+
+        def step(a: Value, b: Value, acc: list[Value]) -> list[Value]:
+            # Strips and packed weights go on behind the last lane; the input as it lies may not.
+            masked = shape.source == "none" and shape.over == "places"
+            loaded = [e.load(a, v * shape.lanes, mask if masked else None) for v, mask in enumerate(masks)]
+            result = []
+            for s in range(scalars):
+                if shape.pairs:
+                    one = e.broadcast_pair(b, of["b_scalar"] * (2 * s))
+                else:
+                    one = e.broadcast(e.scalar(b, of["b_scalar"] * s, self.b_type))
+                result += [multiply(acc[s * vectors + v], loaded[v], one) for v in range(vectors)]
+            return result
+
+        def each_channel(c: Value, acc: list[Value]) -> Sequence[Value]:
+            a_channel, b_channel = e.at(a, c * of["a_channel"]), e.at(b, c * of["b_channel"], self.b_type)
+            if shape.one_tap:
+                return step(a_channel, b_channel, acc)
+
+            def each_tap(t: Value, acc: list[Value]) -> Sequence[Value]:
+                a_shift, b_shift = e.scalar(of["taps"], t * 2, "i64"), e.scalar(of["taps"], t * 2 + 1, "i64")
+                return step(e.at(a_channel, a_shift), e.at(b_channel, b_shift, self.b_type), acc)
+
+            return e.loop(of["tap_count"], acc, each_tap)
+
+        return e.loop(self.channels, acc, each_channel)

@@ -1,0 +1,569 @@
+"""What `direct` and `pointwise` share: how a convolution is cut into blocks, and what its kernel is told.
+
+The problem is folded to three dimensions, (depth, rows, width).  A block is some whole rows of the output, or a part of
+one row; its strip holds what all taps of the block read.  Which of the two, and how large, is the cheapest by a count
+of cycles: gathering, products with the lanes that stay idle, and the weight read again for each block.  The kernel
+itself is in plainconv/cpu/dense.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainconv.cpu import compile as cpu
+from plainconv.cpu import dense, pack
+from plainconv.cpu.emit import natives
+from plainconv.cpu.launch import launch
+from plainconv.menu.base import ALIGNMENT, Cost, Tensors, summation_error
+from plainconv.menu.lanes import Side, _shown, folded
+from plainconv.problem import ConvProblem, Direction, Request
+
+STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
+STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
+MOST_STRIP_BYTES = 16 << 20
+PARTS = 16  # of the output channels, at most, so that threads get equal shares
+MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
+PLACES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
+
+# Cycles, measured on one core with AVX-512; they rank blocks and algorithms.
+CYCLES_PER_SECOND = 3.6e9
+COPY = 4.0  # a vector gathered
+STEP = 0.5  # what a step costs beside its products
+LINE = 0.25  # and beside each vector it loads
+FIRST = 12.0  # a vector's beginning and end
+SINGLE = 1.35  # a vector that fills no tile, beside one that does
+FAR = 1.2  # a strip that the core's own cache does not keep
+WEIGHT_BYTES = 8.0  # a cycle, of the weight read again for each block
+HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
+AS_IT_LIES = 1.04  # reading channels that are far apart, instead of a strip
+UNALIGNED = 1.1  # and that begin anywhere in a line of the cache
+PACK = 0.5  # a number of the weight packed
+BYTES_PER_SECOND = 15e9
+LAUNCH_S = 6e-6
+THREADS_S = 4e-6
+
+
+# -- strips ----------------------------------------------------------------------------------------------------------
+
+Sides = tuple[Side, Side, Side]
+
+
+class Strip(NamedTuple):
+    """Rows of the padded input that the places of a block read.
+
+    rows    (depth, row, column) where each begins, relative to the block's corner
+    length  places of each
+    taps    how far each tap's places are shifted in the strip
+    """
+
+    rows: tuple[tuple[int, int, int], ...]
+    length: int
+    taps: tuple[int, ...]
+
+
+def strip_of(sides: Sides, rows: int, cols: int, whole: bool) -> Strip:
+    """The strip of a block of `rows` x `cols` places: `whole` rows of the output, or a part of one."""
+    _, high, width = sides
+    taps = list(product(*(range(0, side.kernel * side.dilation, side.dilation) for side in sides)))
+    if whole:
+        # A copy of the rows for each tap along the width; taps of the rows share the copy of their stride's phase.
+        last: dict[tuple[int, int, int], int] = {}
+        for z, y, x in taps:
+            key = z, y % high.stride, x
+            last[key] = max(last.get(key, 0), y // high.stride)
+        begins: dict[tuple[int, int, int], int] = {}
+        listed: list[tuple[int, int, int]] = []
+        for (z, phase, x), shift in last.items():
+            begins[z, phase, x] = len(listed)
+            listed += [(z, q * high.stride + phase, x) for q in range(rows + shift)]
+        shifts = [(begins[z, y % high.stride, x] + y // high.stride) * cols for z, y, x in taps]
+        return Strip(tuple(listed), cols, tuple(shifts))
+    # A part of one row: taps along the width are shifts in the copy of their stride's phase.
+    keys = {key: i for i, key in enumerate(dict.fromkeys((z, y, x % width.stride) for z, y, x in taps))}
+    length = cols + (width.kernel - 1) * width.dilation // width.stride
+    shifts = [keys[z, y, x % width.stride] * length + x // width.stride for z, y, x in taps]
+    return Strip(tuple(keys), length, tuple(shifts))
+
+
+# -- how to cut ------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Registers of sums: broadcast scalars x vectors."""
+
+    scalars: int
+    vectors: int
+
+
+class Layout(NamedTuple):
+    """A way to cut a request: rows and columns of a block, its strip and its tile, and what it costs."""
+
+    rows: int
+    cols: int
+    strip: Strip
+    tile: Tile
+    lanes: int
+    gathers: bool  # or uses the input as it lies
+    parts: int  # of the output channels
+    shares: int  # threads at most, each with a strip
+    cycles: float  # of all threads
+
+
+class Kind(NamedTuple):
+    """What follows from a request alone: roles and types."""
+
+    places: bool  # are the lanes, else the output channels
+    pairs: bool
+    element: str
+    size: int  # bytes of an element, or of a pair
+    channels: int  # of a group, or pairs of them
+    native: frozenset[str]
+
+
+def _padded(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+@lru_cache(4096)
+def kind(request: Request) -> Kind:
+    """Roles and types of a request."""
+    native = natives(cpu.Target.host())
+    pairs = request.dtype is torch.bfloat16 and "pairs" in native and request.problem.group_in % 2 == 0
+    element = "double" if request.dtype is torch.float64 else "float"
+    channels = request.problem.group_in // (2 if pairs else 1)
+    return Kind(not request.channels_last, pairs, element, 8 if element == "double" else 4, channels, native)
+
+
+def _lanes(request: Request, target: cpu.Target) -> int:
+    """Lanes of the widest register, or of half of it where that leaves many fewer of them idle."""
+    is_ = kind(request)
+    lanes = target.bits // 8 // is_.size
+    along = math.prod(request.problem.out) if is_.places else request.problem.group_out
+    while lanes > 16 // is_.size and HALF_REGISTER * _padded(along, lanes // 2) < _padded(along, lanes):
+        lanes //= 2
+    return lanes
+
+
+def _tiles(scalars: int, vectors: int, spare: int) -> Iterator[Tile]:
+    """Tiles that fit the registers to spare; even ones: 10 scalars are 5 and 5, not 8 and 2."""
+    for wide in sorted({min(wide, vectors) for wide in (1, 2, 3, 4, 6, 8)}):
+        most = min((spare - wide) // wide, MOST_SCALARS)
+        if most >= 1:
+            yield Tile(-(-scalars // -(-scalars // most)), wide)
+
+
+def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int) -> float:
+    """Of the product of `scalars` x `vectors`, each a sum over `steps`."""
+    whole, single = divmod(vectors, tile.vectors)
+    loads = (tile.scalars + 3 * tile.vectors) / 2
+    step = max(tile.scalars * tile.vectors, loads, 8) + STEP + LINE * tile.vectors
+    one = max(tile.scalars * SINGLE, 8) + STEP + LINE
+    along = whole * (steps * step + FIRST * tile.vectors) + single * (steps * one + FIRST)
+    return -(-scalars // tile.scalars) * along
+
+
+def _blocks(sides: Sides, lanes: int) -> Iterator[tuple[int, int, bool]]:
+    """Rows, columns, and whether rows are whole, of the blocks to choose from."""
+    _, high, width = sides
+    for count in sorted({max(1, round(width.out / places)) for places in PLACES}):
+        yield 1, min(_padded(-(-width.out // count), lanes), width.out), False
+    if high.out > 1:
+        for count in sorted({min(max(1, round(high.out * width.out / places)), high.out) for places in PLACES}):
+            yield -(-high.out // count), width.out, True
+
+
+@lru_cache(4096)
+def layout(request: Request, merge: bool, gathers: bool) -> Layout:
+    """The cheapest way whose strips fit the workspace; the one of the smallest strip, if none does."""
+    problem, target, is_ = request.problem, cpu.Target.host(), kind(request)
+    sides = folded(problem, merge)
+    depth, high, width = sides
+    lanes = _lanes(request, target)
+    register = lanes * is_.size * 8
+    vector = register / 512 * (HALF_REGISTER if register < target.bits else 1.0)  # cycles
+    spare = target.registers - (2 if target.fma else 3)
+    steps = is_.channels * problem.taps
+    weight = problem.group_out * steps * is_.size
+    found: list[tuple[int, Layout]] = []
+    for rows, cols, whole in _blocks(sides, lanes):
+        strip = strip_of(sides, rows, cols, whole)
+        by_row, by_pixel = _pitches(is_, strip, lanes)
+        strip_bytes = max(is_.channels * by_row, len(strip.rows) * strip.length * by_pixel) * is_.size
+        blocks = problem.batch * problem.groups * depth.out * -(-high.out // rows) * -(-width.out // cols)
+        copies = is_.channels * len(strip.rows) * -(-strip.length // lanes) * COPY * width.stride
+        filled = math.prod(problem.out) * problem.batch * problem.groups / max(blocks * rows * cols, 1)
+        scalars, vectors = rows * cols, -(-problem.group_out // lanes)
+        if is_.places:
+            scalars, vectors = problem.group_out, -(-rows * cols // lanes)
+        for tile in _tiles(scalars, vectors, spare):
+            work = _tile_cycles(scalars, vectors, tile, steps) * filled * vector
+            work *= FAR if strip_bytes > STRIP_BYTES else 1.0
+            work += weight / WEIGHT_BYTES
+            if gathers:
+                work += copies * vector
+            elif is_.places:
+                work *= AS_IT_LIES * (UNALIGNED if math.prod(problem.spatial) % lanes else 1.0)
+            outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
+            parts = min(outputs, PARTS)
+            shares = max(min(request.threads, blocks * parts), 1)
+            idle = -(-blocks * parts // shares) * shares / max(blocks * parts, 1)
+            one = Layout(rows, cols, strip, tile, lanes, gathers, parts, shares, blocks * work * idle)
+            found.append((strip_bytes if gathers else 0, one))
+    limit = min(request.max_workspace // (2 * max(request.threads, 1)), MOST_STRIP_BYTES)
+    fit = [one for strip_bytes, one in found if strip_bytes <= limit]
+    return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
+
+
+def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
+    """Elements from a channel of the strip to the next, and from a place to the next if channels lie side by side.
+
+    A channel ends with a vector to spare, and begins in another line of the cache than the one before.
+    """
+    line = ALIGNMENT // is_.size
+    by_row = _padded(len(strip.rows) * strip.length + lanes, line)
+    return by_row + line * (by_row // line % 2 == 0), _padded(is_.channels, lanes)
+
+
+def _is_plain(sides: Sides) -> bool:
+    """Whether each place of the output reads the one place of the input that has its number."""
+    depth, high, width = sides
+    return depth.plain and high.plain and width.plain and depth.size == high.size == 1
+
+
+@lru_cache(4096)
+def natural(request: Request) -> Layout:
+    """The way to cut a request whose input lies in memory as its output will."""
+    is_ = kind(request)
+    ways = [layout(request, True, True)]
+    as_it_lies = STORED[request.dtype] == is_.element or not is_.places
+    if _is_plain(folded(request.problem)) and as_it_lies and not (is_.pairs and request.problem.in_channels % 2):
+        ways.append(layout(request, True, False))
+    return min(ways, key=lambda way: way.cycles)
+
+
+# -- what a call needs -----------------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """How the input lies in memory: whether its places follow each other at one distance, and the distances."""
+
+    merge: bool
+    channel: int
+    depth: int
+    row: int
+    col: int
+
+
+def _places_of(request: Request, x_strides: tuple[int, ...]) -> Places:
+    sizes, strides = request.problem.spatial, x_strides[2:]
+    step = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), 1)
+    merge, expected = True, step
+    for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
+        merge &= size == 1 or stride == expected
+        expected *= size
+    channel = x_strides[1] if request.problem.in_channels > 1 else 1
+    if merge:
+        _, high, width = folded(request.problem)
+        return Places(True, channel, step * width.size * high.size, step * width.size, step)
+    depth, row, col = (0,) * (3 - len(strides)) + tuple(strides)
+    return Places(False, channel, depth, row, col if sizes[-1] > 1 else 1)
+
+
+def _source(request: Request, x: Places) -> tuple[str, Layout]:
+    """How the kernel reads the input (see `dense.Shape`), and how the request is cut then."""
+    is_ = kind(request)
+    way = natural(request) if x.merge else layout(request, False, True)
+    side_by_side = x.col == 1 if is_.places else x.channel == 1 or not is_.pairs
+    if not way.gathers and side_by_side:
+        return "none", way
+    if not way.gathers:
+        way = layout(request, x.merge, True)
+    if x.channel == 1 and not is_.places:
+        return "pixels", way
+    _, _, width = folded(request.problem, x.merge)
+    bordered = request.problem.padding_mode != "zeros" and max(width.padding) > 0
+    return "rows" if x.col == 1 and width.stride <= dense.PICKED_STRIDE and not bordered else "table", way
+
+
+class Packing(NamedTuple):
+    """A weight seen as w[o, u, v], v side by side (see plainconv/cpu/pack.py), and bytes of it packed.
+
+    pairs   where the other number of a pair is: "near", "far" or nowhere
+    vectors of output channels (or output channels, if they are no lanes) of a group, made up to whole tiles
+    """
+
+    pairs: str | None
+    u_count: int
+    v_count: int
+    u_stride: int
+    far: int
+    vectors: int
+    bytes: int
+
+
+def _packing(request: Request, way: Layout, channels_inside: bool) -> Packing | None:
+    """None if the weight is used as it lies: its outputs are no lanes, and its pairs are side by side."""
+    is_, problem = kind(request), request.problem
+    if is_.places and not (is_.pairs and problem.taps > 1):
+        return None
+    vectors, rows = problem.group_out, problem.group_out
+    if not is_.places:
+        vectors = _padded(-(-problem.group_out // way.lanes), way.tile.vectors)
+        rows = vectors * way.lanes
+    size = problem.groups * rows * is_.channels * problem.taps * is_.size
+    near = "near" if is_.pairs else None
+    if channels_inside and problem.taps > 1:
+        return Packing(near, problem.taps, is_.channels, problem.group_in, 0, vectors, size)
+    if is_.pairs and problem.taps > 1:
+        return Packing("far", is_.channels, problem.taps, 2 * problem.taps, problem.taps, vectors, size)
+    return Packing(near, 1, is_.channels * problem.taps, 0, 0, vectors, size)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Compiled kernels with all of their arguments but the tensors'."""
+
+    kernel: cpu.Kernel
+    tables: Tensor  # keeps alive what the addresses below point to
+    addresses: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shares: int
+    packs: cpu.Kernel | None
+    pack_sizes: tuple[int, ...]
+    pack_tasks: int
+    packed_bytes: int
+
+
+def _taps_of_weight(problem: ConvProblem, w_strides: Sequence[int]) -> list[int]:
+    places = product(*map(range, problem.kernel))
+    return [sum(k * stride for k, stride in zip(place, w_strides[2:], strict=True)) for place in places]
+
+
+@lru_cache(1024)
+def prepare(
+    request: Request, x_strides: tuple[int, ...], w_strides: tuple[int, ...], channels_inside: bool
+) -> Prepared:
+    """The kernels, the tables and the sizes of a request whose tensors lie so in memory."""
+    problem, target, is_ = request.problem, cpu.Target.host(), kind(request)
+    x = _places_of(request, x_strides)
+    depth, high, width = folded(problem, x.merge)
+    source, way = _source(request, x)
+    strip, tile, lanes = way.strip, way.tile, way.lanes
+    by_row, by_pixel = _pitches(is_, strip, lanes)
+    packing = _packing(request, way, channels_inside)
+    shape = dense.Shape(
+        element=is_.element,
+        stored=STORED[request.dtype],
+        native=is_.native,
+        pairs=is_.pairs,
+        lanes=lanes,
+        over="places" if is_.places else "outputs",
+        source=source,
+        stride=width.stride if source == "rows" else 1,
+        one_tap=problem.taps == 1,
+        has_bias=request.has_bias,
+        has_residual=request.has_residual,
+        activation=request.activation,
+        scalars=tile.scalars,
+        vectors=tile.vectors,
+    )
+    per = 2 if is_.pairs else 1
+    # Of the strip: from a place to the next, and from a channel (or a pair) to the next.
+    place, channel = {"none": (x.col // per, x.channel), "pixels": (by_pixel, 1)}.get(source, (1, by_row))
+    strip_taps = [tap * place for tap in strip.taps]
+    terms, columns = is_.channels * problem.taps, tile.vectors * lanes
+    factors: dict[str, int]
+    if is_.places and packing is None:
+        w_taps = _taps_of_weight(problem, w_strides)
+        factors = {"b_scalar": w_strides[0] // per, "b_channel": 1 if is_.pairs else w_strides[1]}
+    elif is_.places:
+        w_taps = list(range(problem.taps))
+        factors = {"b_scalar": terms, "b_channel": problem.taps}
+    elif channels_inside and problem.taps > 1:
+        w_taps = [tap * is_.channels * columns for tap in range(problem.taps)]
+        factors = {"a_channel": columns}
+    else:
+        w_taps = [tap * columns for tap in range(problem.taps)]
+        factors = {"a_channel": problem.taps * columns}
+    if is_.places:
+        factors |= {"a_channel": channel, "a_tile": columns, "b_group": problem.group_out * factors["b_scalar"]}
+        taps = list(zip(strip_taps, w_taps, strict=True))
+    else:
+        tiles = -(-problem.group_out // columns)
+        factors |= {"a_tile": terms * columns, "a_group": tiles * terms * columns}
+        factors |= {"b_scalar": place, "b_channel": channel}
+        taps = list(zip(w_taps, strip_taps, strict=True))
+    blocks = -(-high.out // way.rows), -(-width.out // way.cols)
+    strip_bytes, share_bytes = _share(is_, way, source, by_row, by_pixel)
+    sizes = {
+        **dict.fromkeys(dense.SIZES, 0),
+        "tasks": problem.batch * problem.groups * depth.out * math.prod(blocks) * way.parts,
+        "shares": way.shares,
+        "share": share_bytes // is_.size,
+        "entries": strip_bytes // is_.size,
+        "groups": problem.groups,
+        "group_in": problem.group_in,
+        "group_out": problem.group_out,
+        "x_image": x_strides[0],
+        "x_channel": x.channel,
+        "x_depth": x.depth,
+        "x_row": x.row,
+        "x_col": x.col,
+        "in_width": width.size,
+        "y_image": problem.out_channels * math.prod(problem.out),
+        "y_channel": math.prod(problem.out) if is_.places else 1,
+        "y_place": 1 if is_.places else problem.out_channels,
+        "out_depth": depth.out,
+        "out_rows": high.out,
+        "out_width": width.out,
+        "stride_depth": depth.stride,
+        "stride_rows": high.stride,
+        "stride_cols": width.stride,
+        "lo": width.padding[0],
+        "block_rows": way.rows,
+        "block_cols": way.cols,
+        "row_blocks": blocks[0],
+        "col_blocks": blocks[1],
+        "parts": way.parts,
+        "slot_count": len(strip.rows),
+        "slot_length": strip.length,
+        "pitch": by_pixel if source == "pixels" else by_row,
+        "tap_count": problem.taps,
+        **factors,
+    }
+    tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, taps)
+    packs, pack_sizes, pack_tasks = None, {}, 0
+    if packing is not None:
+        pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, not is_.places)
+        packs = cpu.compile(pack.text(pack_shape), target)
+        pack_sizes = {
+            "groups": problem.groups,
+            "outputs": problem.group_out,
+            "vectors": packing.vectors,
+            "u_count": packing.u_count,
+            "v_count": packing.v_count,
+            "w_output": w_strides[0],
+            "w_u": packing.u_stride,
+            "w_far": packing.far,
+            "width": columns,
+        }
+        pack_tasks = problem.groups * packing.vectors
+    return Prepared(
+        cpu.compile(dense.text(shape), target),
+        tables,
+        addresses,
+        tuple(sizes[name] for name in dense.SIZES),
+        way.shares,
+        packs,
+        tuple(pack_sizes[name] for name in pack.SIZES) if packs else (),
+        pack_tasks,
+        _padded(packing.bytes, ALIGNMENT) if packing else 0,
+    )
+
+
+def _tables(mode: str, sides: Sides, way: Layout, taps: list[tuple[int, int]]) -> tuple[Tensor, tuple[int, ...]]:
+    """The tables of the kernel, one behind the other, and where each begins."""
+    depth, high, width = sides
+    blocks = -(-high.out // way.rows), -(-width.out // way.cols)
+    counts = (
+        (depth.out - 1) * depth.stride + (depth.kernel - 1) * depth.dilation + 1,
+        (blocks[0] * way.rows - 1) * high.stride + (high.kernel - 1) * high.dilation + 1,
+        (blocks[1] * way.cols + way.strip.length + way.lanes) * width.stride + (width.kernel - 1) * width.dilation + 1,
+    )
+    shown = [_shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
+    parts = [torch.tensor(way.strip.rows).flatten(), torch.tensor(taps).flatten(), *shown]
+    tables = torch.cat(parts)
+    begins, begin = [], tables.data_ptr()
+    for part in parts:
+        begins.append(begin)
+        begin += part.nbytes
+    return tables, tuple(begins)
+
+
+def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> tuple[int, int]:
+    """Bytes of a strip, and of all scratch memory of a thread: the strip and the list of what to copy."""
+    if source == "none":
+        return 0, 0
+    rows, length = len(way.strip.rows), way.strip.length
+    pixels = source == "pixels"
+    strip = _padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
+    copies = rows * (length if pixels else -(-length // way.lanes))
+    return strip, strip + _padded(8 * copies * dense.MOST_FIELDS, ALIGNMENT)
+
+
+@lru_cache(4096)
+def workspace_bytes(request: Request) -> int:
+    """Scratch memory for tensors that lie in any way."""
+    is_ = kind(request)
+    natural_way, any_way = natural(request), layout(request, False, True)
+    ways = [natural_way] if not natural_way.gathers else [natural_way, layout(request, True, True)]
+    most = 0
+    for way in (*ways, any_way):
+        pitches = _pitches(is_, way.strip, way.lanes)
+        sources = ("rows", "pixels") if way.gathers else ("none",)
+        share = max(_share(is_, way, source, *pitches)[1] for source in sources)
+        packing = _packing(request, way, False)
+        most = max(most, way.shares * share + (_padded(packing.bytes, ALIGNMENT) if packing else 0))
+    return most
+
+
+def why_not(request: Request) -> str | None:
+    """The sentence for what no kernel of this kind does."""
+    if request.direction is not Direction.FORWARD:
+        return f"its kernels make the output; {request.direction.value} is not written yet"
+    if request.device != "cpu":
+        return "its kernels are machine code of the CPU, and the tensors are on another device"
+    if request.dtype not in STORED:
+        return f"its kernels compute in floating-point numbers, not {str(request.dtype).removeprefix('torch.')}"
+    if request.problem.dims > 3:
+        return "its loops are for at most three dimensions"
+    return cpu.why_not()
+
+
+def error(request: Request) -> float:
+    """One sum in a fixed order."""
+    return summation_error(request.problem.terms(request.direction))
+
+
+def cost(request: Request) -> Cost:
+    """Cycles of the kernel, or memory, whichever is longer, and the call."""
+    problem, way, packing = request.problem, natural(request), None
+    packing = _packing(request, way, False)
+    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    work = way.cycles / way.shares
+    if packing:
+        work += packing.bytes / kind(request).size * PACK / max(request.threads, 1)
+    seconds = max(work / CYCLES_PER_SECOND, moved / BYTES_PER_SECOND) + LAUNCH_S
+    return Cost(problem.multiplies, moved, workspace_bytes(request), seconds + THREADS_S * (way.shares > 1))
+
+
+def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+    """Fill `out`."""
+    x, w, bias, residual = tensors
+    is_ = kind(request)
+    channels_inside = not is_.places and not w.is_contiguous() and w.movedim(1, -1).is_contiguous()
+    if (is_.pairs or not is_.places) and not channels_inside:
+        w = w.contiguous()
+    ready = prepare(request, x.stride(), w.stride(), channels_inside)
+    scratch, weight = workspace.data_ptr(), w.data_ptr()
+    if ready.packs is not None:
+        launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, request.threads)
+        weight, scratch = scratch, scratch + ready.packed_bytes
+    pointers = (
+        x.data_ptr(),
+        weight,
+        weight if is_.places else x.data_ptr(),
+        0 if bias is None else bias.contiguous().data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        scratch,
+    )
+    launch(ready.kernel, (*pointers, *ready.addresses, *ready.sizes), ready.shares, request.threads)

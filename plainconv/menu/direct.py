@@ -1,0 +1,26 @@
+"""Direct: the definition as one matrix product for each block of the output, on strips that lie ready in the cache.
+
+    y[o, f]  =  sum over c, t  of  w[o, c, t] * s[c, f + shift(t)]
+
+A block is some rows of the output, a strip what its taps read, gathered once with borders, strides and dilation taken
+care of; the product behind it runs at the speed of the registers.  If the output is contiguous, a vector holds
+neighbouring places and the weight is read as it lies: nothing is packed, so one image with small maps costs no more
+than its arithmetic.  If it is channels_last, a vector holds output channels, and the weight is packed on the way.
+
+Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded up to lanes, a strip for each thread.
+"""
+
+from __future__ import annotations
+
+from plainconv.menu import dense
+from plainconv.menu.base import Algorithm
+from plainconv.problem import Request
+
+
+def _why_not(request: Request) -> str | None:
+    if request.problem.taps == 1:
+        return "with a kernel of one tap it is what pointwise is"
+    return dense.why_not(request)
+
+
+ALGORITHM = Algorithm("direct", _why_not, dense.cost, dense.error, dense.run, fuses=True)

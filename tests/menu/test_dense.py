@@ -1,0 +1,228 @@
+"""direct and pointwise: every way through their kernel, for every vector width, type and layout of memory."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from checks import CASES, check, compare, given, integers, reals, request
+from guarded import guarded
+
+from plainconv.cpu import compile as cpu
+from plainconv.cpu import dense as kernel
+from plainconv.cpu.emit import natives
+from plainconv.menu import dense, direct, pointwise
+from plainconv.menu.base import Tensors
+from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
+
+BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+every_width = pytest.mark.parametrize("bits", BITS)
+every_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+
+# Where the kernel takes another way: one or many tiles of outputs and places, blocks of rows and of parts of a row.
+WAYS = {
+    "tiles of outputs": "n1 c4 o37 x9x20 k3x3 p1",
+    "tiles of places": "n2 c6 o10 x5x301 k3x3 p1x1",
+    "parts of a row": "n1 c3 o9 x3x2300 k1x5 p0x2",
+    "many rows": "n1 c2 o8 x90x20 k3x3 p1",
+    "stride 2": "n1 c4 o10 x19x139 k3x5 s2 p2 g2",
+    "stride 3": "n1 c4 o6 x19x139 k3x4 s3 p2 g2",
+    "stride over kernel": "n1 c2 o9 x70x90 k2x2 s9",
+    "reflect": "n1 c4 o10 x6x130 k3x5 p2x4 mreflect g2",
+    "replicate, stride": "n1 c4 o6 x6x130 k3x5 s1x2 p2x40 mreplicate",
+    "1-D": "n2 c4 o8 x333 k31 p15 g2",
+    "1-D, dilation": "n1 c6 o33 x400 k3 d16 p16",
+    "cropped": "n1 c3 o20 x9x90 k3x3 p-2:1x-3:-4",
+    "3-D": "n1 c4 o12 x4x7x35 k3x3x3 s2x1x1 p1 g2",
+    "pointwise": "n2 c6 o71 x9x13 k1x1",
+    "pointwise, few places": "n1 c8 o40 x2x2 k1x1",
+    "pointwise, many": "n1 c16 o20 x40x40 k1x1",
+    "pointwise, stride": "n2 c8 o24 x9x13 k1x1 s2",
+    "pointwise, padded": "n1 c8 o24 x9x13 k1x1 p1",
+    "pointwise, groups": "n2 c12 o36 x9x9 k1x1 g3",
+}
+ALL = CASES | WAYS
+
+
+def algorithm_for(text):
+    return (pointwise if ConvProblem.parse(text).taps == 1 else direct).ALGORITHM
+
+
+def asked_for(text, dtype=torch.float32, **more):
+    problem = ConvProblem.parse(text)
+    if more.get("channels_last") and problem.dims == 1:
+        pytest.skip("torch has no channels_last in one dimension")
+    return request(problem, Direction.FORWARD, dtype, **more)
+
+
+def in_channels_last(tensor):
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def forget():
+    for cached in (dense.kind, dense.layout, dense.natural, dense.workspace_bytes, dense.prepare):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """A function that pretends the processor has vectors of so many bits."""
+
+    def pretend(bits):
+        target = cpu.Target.host(bits)
+        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+        forget()
+
+    yield pretend
+    forget()
+
+
+@every_width
+@both_layouts
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_every_way_through_the_kernel(bits, channels_last, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, channels_last=channels_last)
+    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+    more = dataclasses.replace(asked, has_bias=True, has_residual=True, activation="relu", threads=2)
+    check(algorithm_for(text), more, integers, in_channels_last if channels_last else None)
+
+
+@every_width
+@every_type
+@both_layouts
+@pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
+def test_every_type(bits, dtype, channels_last, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, dtype, channels_last=channels_last, has_bias=True)
+    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+    check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
+
+
+@both_layouts
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_fused(activation, dtype, channels_last):
+    asked = asked_for("n2 c6 o20 x9x13 k3x3 p1", dtype, channels_last=channels_last, activation=activation)
+    for has_bias, has_residual in [(True, True), (False, True), (False, False)]:
+        one = dataclasses.replace(asked, has_bias=has_bias, has_residual=has_residual)
+        check(direct.ALGORITHM, one, reals, in_channels_last if channels_last else None)
+
+
+ODD = {
+    "every other place": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "the first of many channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "rows and columns exchanged": lambda t: t.mT.contiguous().mT,
+    "channels innermost": in_channels_last,
+    "images innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "a window": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
+}
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    "text", ["n2 c6 o20 x9x13 k3x3 p1 s2x1", "n2 c6 o20 x9x13 k1x1", "n3 c6 o9 x5x7 k2x3 mreflect p1"]
+)
+def test_memory_of_any_strides(text, layout, dtype, channels_last):
+    check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last), integers, layout)
+
+
+@every_width
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, monkeypatch):
+    """Every tensor, every table and the workspace, right before and right behind memory that faults."""
+    as_if(bits)
+    asked, algorithm = asked_for(text, dtype, channels_last=channels_last, has_bias=True), algorithm_for(text)
+    tables = dense._tables
+
+    def place(tensor, at_end):
+        if not channels_last or tensor.dim() < 3:
+            return guarded(tensor, at_end=at_end)
+        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
+
+    for at_end in (True, False):
+        held = []
+
+        def between_guards(*how, at_end=at_end, held=held):
+            whole, begins = tables(*how)
+            starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
+            ends = [*starts[1:], len(whole)]
+            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
+            return whole, tuple(part.data_ptr() for part in held)
+
+        monkeypatch.setattr(dense, "_tables", between_guards)
+        dense.prepare.cache_clear()
+        first, second, bias = (place(tensor, at_end) for tensor in given(asked, reals)[:3])
+        out = place(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype), at_end)
+        workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
+        algorithm.run(asked, Tensors(first, second, bias), out, workspace)
+        assert held, "the tables were not guarded"
+        compare(algorithm, asked, out, first, second, bias, to_the_bit=False)
+
+
+def kernel_of(text, **more):
+    """The text of the kernel that serves a request whose tensors lie as its output will."""
+    texts = []
+    asked = asked_for(text, **more)
+    problem = asked.problem
+    x, w = torch.empty(problem.input_shape, device="meta"), torch.empty(problem.weight_shape, device="meta")
+    if asked.channels_last:
+        x, w = in_channels_last(x), in_channels_last(w)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dense.cpu, "compile", lambda text, target: texts.append(text))
+        dense.prepare.__wrapped__(asked, x.stride(), w.stride(), asked.channels_last)
+    return texts[-1]
+
+
+@both_layouts
+@pytest.mark.parametrize("text", ["n{n} c64 o64 x{h}x{w} k3x3 p1", "n{n} c32 o64 x{h}x{w} k1x1"])
+def test_a_new_size_compiles_nothing(text, channels_last):
+    """Batch, height and width are arguments, and so are kernel and dilation; tiles have a few forms."""
+    texts = set()
+    for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 1000, 64), (8, 130, 131)]:
+        texts.add(kernel_of(text.format(n=n, h=h, w=w), channels_last=channels_last))
+    assert len(texts) <= 2
+
+
+@every_width
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k3x3 p1", "n1 c256 o64 x56x56 k1x1", "n1 c512 o512 x7x7 k3x3 p1"])
+def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
+    """In the assembly no vector register goes to the stack where products are summed."""
+    as_if(bits)
+    if dtype is torch.float16 and "half" not in natives(cpu.Target.host()):
+        pytest.skip("without F16C, half numbers are converted by arithmetic that takes many registers")
+    assembly = cpu.assembly(kernel_of(text, dtype=dtype, channels_last=channels_last))
+    sums = [b for b in re.split(r"\n\.L\w+:", assembly) if len(re.findall(r"\tv?(?:fmadd|mulp|dpbf)\w+\t", b)) >= 4]
+    assert sums
+    for block in sums:
+        stores = re.findall(r"\tv?mov\w+\t%[xyz]mm\d+, \S*\(%r[sb]p\).*", block)
+        assert not stores, (stores[:4], block)
+
+
+def test_the_weight_of_a_small_map_is_not_packed():
+    asked = asked_for("n1 c512 o512 x7x7 k3x3 p1")
+    assert dense.prepare(asked, (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
+    assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
+
+
+def test_a_workspace_is_kept_small_on_request():
+    asked = asked_for("n1 c64 o64 x64x64 k3x3 p1")
+    few = dataclasses.replace(asked, max_workspace=200_000)
+    assert direct.ALGORITHM.cost(few).workspace <= 200_000 < direct.ALGORITHM.cost(asked).workspace
+    check(direct.ALGORITHM, few, integers)
+
+
+def test_tile_counts_of_the_kernel():
+    """Of all that a shape can say, only what the tile and the types are makes a new text."""
+    shape = kernel.Shape("float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, False, None, 8, 3)
+    assert kernel.text(shape) is kernel.text(dataclasses.replace(shape))
