@@ -26,7 +26,7 @@ from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 DIRECTIONS = tuple(Direction)
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 ROUNDING = frozenset({"fft"})  # every other algorithm is exact on small integers
-FORWARD_ONLY = ("narrow", "depthwise")  # and what else they refuse is tested by name
+FORWARD_ONLY = ("narrow", "depthwise", "direct", "pointwise")  # and what else they refuse is tested by name
 EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "builtin"))
 GUARD = 4096  # bytes before and behind the workspace
 CANARY = 0xA5

@@ -33,7 +33,7 @@ def forget():
 
 def test_names_are_those_of_the_menu():
     assert plainconv.algorithms() == (
-        *("loops", "shift", "im2col", "fft", "narrow", "depthwise", "builtin", "reference"),
+        *("loops", "shift", "im2col", "fft", "narrow", "depthwise", "direct", "pointwise", "builtin", "reference"),
     )
 
 
@@ -53,7 +53,7 @@ def test_a_name_that_does_not_exist_is_a_value_error_that_lists_those_that_do(na
         with pytest.raises(ValueError, match="does not exist") as caught:
             call()
         assert repr(name) in str(caught.value)
-        assert "auto, loops, shift, im2col, fft, narrow, depthwise, builtin, reference" in str(caught.value)
+        assert "auto, loops, shift, im2col, fft, narrow, depthwise, direct, pointwise, builtin, reference" in str(caught.value)
 
 
 @directions

@@ -481,6 +481,15 @@ class Emit:
         """A mask of the lanes with a < b; NaN is less than nothing, and nothing is less than NaN."""
         return self._emit(f"fcmp olt {self.vector} {a.text}, {b.text}", f"<{self.lanes} x i1>")
 
+    def is_nan(self, a: Value) -> Value:
+        """A mask of the lanes that are not numbers."""
+        return self._emit(f"fcmp uno {self.vector} {a.text}, {a.text}", f"<{self.lanes} x i1>")
+
+    def any(self, mask: Value) -> Value:
+        """Whether any lane of a mask is set, an i1."""
+        bits = self._cast("bitcast", mask, f"i{self.lanes}")
+        return self._emit(f"icmp ne {bits.type} {bits.text}, 0", "i1")
+
     def whole(self, a: Value) -> Value:
         """a rounded to a whole number, ties to even, for |a| < 2**21 (double: 2**50)."""
         shift = self.constant(1.5 * 2.0**self._digits)  # behind it there is no room for a fraction

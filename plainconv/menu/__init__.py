@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plainconv.menu import builtin, depthwise, fft, im2col, loops, narrow, reference, shift
+from plainconv.menu import builtin, depthwise, direct, fft, im2col, loops, narrow, pointwise, reference, shift
 from plainconv.menu.base import Algorithm
 
 ALGORITHMS: tuple[Algorithm, ...] = (
@@ -12,6 +12,8 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     fft.ALGORITHM,  # sliding becomes multiplying, frequency by frequency
     narrow.ALGORITHM,  # few channels: lanes along the width, machine code
     depthwise.ALGORITHM,  # one input channel a group: rows share what they load
+    direct.ALGORITHM,  # a matrix product for each block of the output, on strips gathered first
+    pointwise.ALGORITHM,  # one tap: a matrix product on the input as it lies
     builtin.ALGORITHM,  # torch's own, where it is allowed
     reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
 )

@@ -183,6 +183,14 @@ def _blocks(sides: Sides, lanes: int) -> Iterator[tuple[int, int, bool]]:
 @lru_cache(4096)
 def layout(request: Request, merge: bool, gathers: bool) -> Layout:
     """The cheapest way whose strips fit the workspace; the one of the smallest strip, if none does."""
+    found = ways(request, merge, gathers)
+    limit = min(request.max_workspace // (2 * max(request.threads, 1)), MOST_STRIP_BYTES)
+    fit = [one for strip_bytes, one in found if strip_bytes <= limit]
+    return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
+
+
+def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout]]:
+    """All ways to cut a request that are worth a thought, with the bytes of their strips."""
     problem, target, is_ = request.problem, cpu.Target.host(), kind(request)
     sides = folded(problem, merge)
     depth, high, width = sides
@@ -217,9 +225,7 @@ def layout(request: Request, merge: bool, gathers: bool) -> Layout:
             idle = -(-blocks * parts // shares) * shares / max(blocks * parts, 1)
             one = Layout(rows, cols, strip, tile, lanes, gathers, parts, shares, blocks * work * idle)
             found.append((strip_bytes if gathers else 0, one))
-    limit = min(request.max_workspace // (2 * max(request.threads, 1)), MOST_STRIP_BYTES)
-    fit = [one for strip_bytes, one in found if strip_bytes <= limit]
-    return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
+    return found
 
 
 def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:

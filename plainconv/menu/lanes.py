@@ -63,13 +63,13 @@ class Side(NamedTuple):
 
 
 @lru_cache(4096)
-def folded(problem: ConvProblem) -> tuple[Side, Side, Side]:
-    """Depth, rows and width of a problem of at most three dimensions."""
+def folded(problem: ConvProblem, merge: bool = True) -> tuple[Side, Side, Side]:
+    """Depth, rows and width of a problem of at most three dimensions; merge: plain neighbours become one dimension."""
     parts = (problem.spatial, problem.kernel, problem.stride, problem.padding, problem.dilation, problem.out)
     sides: list[Side] = []
     for part in zip(*parts, strict=True):
         side = Side(*part)
-        if sides and sides[-1].plain and side.plain:
+        if merge and sides and sides[-1].plain and side.plain:
             size = sides.pop().size * side.size
             side = side._replace(size=size, out=size)
         sides.append(side)
