@@ -1,6 +1,7 @@
 # make demo    set up, then `plainconv compare` on the data that comes with the libraries; the report is out/report.html
 # make test    set up, then the quick tests
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
+# make bench   every suite beside torch, forward, in three types: the tables under results/ (hours; it goes on where it stopped)
 # make format  put the code in its form
 # make clean   remove what builds and tools left (not .venv)
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test check lint slow wheel format clean
+.PHONY: demo test check lint slow wheel bench format clean
 
 demo: $(STAMP)
 	$(BIN)/plainconv compare
@@ -30,6 +31,10 @@ slow: $(STAMP)
 
 wheel: $(STAMP)
 	.ci/wheel $(BIN)/python
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/readme.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

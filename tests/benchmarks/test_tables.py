@@ -1,0 +1,116 @@
+"""The tables under results/ are what the records say, and are made suite by suite."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plainconv import bench
+from plainconv.bench.check import Verdict
+from plainconv.bench.peaks import Peaks
+from plainconv.bench.run import Regret
+from plainconv.timing import Timing
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "tables.py"
+FINE = Verdict(1e-7, 1.0, 10.0, 100, True)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(layer, ratio, right=True):
+    told = {"contiguous": dataclasses.replace(FINE, right=right)}
+    ours = {"contiguous": Timing(1e-3, 1e-3, 1e-3, 5)} if right else {}
+    torchs = {"contiguous": Timing(ratio * 1e-3, ratio * 1e-3, ratio * 1e-3, 5)}
+    regret = Regret(1.1, "narrow", {"shift": 1.1e-3, "narrow": 1e-3}, {})
+    return bench.Row(
+        layer=layer,
+        cut_from=None,
+        direction="forward",
+        dtype="float32",
+        torch=torchs,
+        ours=ours,
+        algorithms={"contiguous": "shift"},
+        checks=told,
+        torch_check=FINE,
+        limit_s=5e-4,
+        bound_by="memory",
+        first_call_s=0.1,
+        scratch=0,
+        torch_scratch=0,
+        regret=regret if right else None,
+        against={},
+    )
+
+
+def leave(folder, suite, rows, dtype="float32"):
+    peaks = Peaks(2e11, ((1, 1e-6), (9, 1e-5)), 1e-6)
+    records = bench.as_records(rows, bench.Setting("forward", getattr(torch, dtype), 2, peaks))
+    (folder / "bench").mkdir(exist_ok=True)
+    (folder / "bench" / f"forward-{dtype}-{suite}.json").write_text(bench.as_json(records))
+
+
+def test_the_page(tables, tmp_path):
+    picture, net = bench.load()["seed_picture"], bench.load()["seed_mnist"]
+    leave(tmp_path, "seed_mnist", [row(net[0], 4.0), row(net[1], 1.0)])
+    leave(tmp_path, "seed_picture", [row(picture[0], 0.02), row(picture[1], 0.5), row(picture[2], 1.0, right=False)])
+    found = tables.read(tmp_path)
+    assert list(found) == ["float32"]
+    assert list(found["float32"]) == ["seed_picture", "seed_mnist"], "in the order of the suites"
+    text = tables.page(found)
+    assert "| seed_mnist | 2 | 2.00 | 1.00 (conv2) | 4.00 | 50% | memory 2 | 1.10 | 1.10 |" in text
+    assert "seed_picture, 2 of 3 lost: filter 3 to 3, full HD* 0.02, filter 3 to 3, 600x512 0.50." in text
+    assert "seed_picture, WRONG: filter depthwise, full HD." in text
+    assert "seed_mnist, " not in text
+    assert "2 threads" in text
+    assert "200 GFLOP/s" in text
+
+
+def test_only_what_is_missing_is_measured(tables, tmp_path, monkeypatch):
+    leave(tmp_path, "densenet", [row(bench.load()["densenet"][0], 2.0)])
+    ran = []
+
+    def run(words, check):
+        ran.append(words)
+        return subprocess.CompletedProcess(words, 1 if "a3c" in words else 0)
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    assert tables.measure(tmp_path, ["float32", "float64"], ["densenet", "a3c"], False, ["--seconds", "1"]) == 2
+    asked = [(words[words.index("--dtype") + 1], words[words.index("--suite") + 1]) for words in ran]
+    assert asked == [("float32", "a3c"), ("float64", "densenet"), ("float64", "a3c")]
+    assert all(words[-2:] == ["--seconds", "1"] and "--regret" in words for words in ran)
+    ran.clear()
+    tables.measure(tmp_path, ["float32"], ["densenet"], True, [])
+    assert len(ran) == 1
+
+
+def test_it_writes_and_checks(tmp_path):
+    def tables(*words):
+        return subprocess.run([sys.executable, SCRIPT, "--results", tmp_path, *words], check=False).returncode
+
+    leave(tmp_path, "seed_mnist", [row(bench.load()["seed_mnist"][0], 4.0)])
+    assert tables("--check") == 1
+    assert tables("--write") == 0
+    assert tables("--check") == 0
+    assert (tmp_path / "forward-float32.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "forward.md").write_text("something else")
+    assert tables("--check") == 1
+
+
+def test_the_tables_are_what_the_records_say():
+    if not list((ROOT / "results" / "bench").glob("*.json")):
+        pytest.skip("no suite has been measured")
+    assert subprocess.run([sys.executable, SCRIPT, "--check"], check=False).returncode == 0, "run make bench"
+    for path in (ROOT / "results" / "bench").glob("*.json"):
+        assert bench.rows_of(json.loads(path.read_text()))
