@@ -22,6 +22,7 @@ from PIL import Image
 
 from plainconv import picture, plots
 from plainconv.picture.io import to_image
+from plainconv.timing import duration
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "results", ROOT / "docs" / "pictures"
@@ -44,7 +45,7 @@ def filters(records: dict[str, Any]) -> str:
         name = "torch" if row["name"] == "torch" else f"`{row['name']}`"
         return [
             name,
-            plots.duration(spent) + (" (scaled from a cut-out)" if scaled else ""),
+            duration(spent) + (" (scaled from a cut-out)" if scaled else ""),
             f"{torch_s / spent:.3g}x",
             f"{row['largest_error']:.1e}",
         ]

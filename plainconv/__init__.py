@@ -16,7 +16,7 @@ from plainconv.functional import (
     conv_transpose3d,
     explain,
 )
-from plainconv.plan import AlgorithmRefused, algorithms
+from plainconv.plan import AlgorithmRefused, algorithms, tune, tuning
 from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
 from plainconv.version import __version__
 
@@ -37,4 +37,6 @@ __all__ = [
     "nn",
     "set_allow_builtin",
     "set_max_workspace",
+    "tune",
+    "tuning",
 ]

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from plainconv import picture, train
+from plainconv import measure, picture, train
 from plainconv.files import InputError, write_whole
-from plainconv.plan import AlgorithmRefused, algorithms, check_algorithm, explain_request
+from plainconv.plan import AlgorithmRefused, algorithms, check_algorithm, explain_request, plan, tuning
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.version import __version__
 
@@ -294,14 +294,70 @@ def explain_problem(
 ) -> None:
     """Show what every algorithm says of a convolution, and which is chosen."""
     with one_line():
-        if direction not in (known := [d.value for d in Direction]):
-            raise InputError(f"unknown direction {direction!r}; directions are {', '.join(known)}")
-        try:
-            parsed = ConvProblem.parse(problem)
-        except (ValueError, RuntimeError) as error:
-            raise InputError(str(error)) from error
-        request = Request(parsed, Direction(direction), torch.float32, threads=torch.get_num_threads())
+        way, parsed = _direction(direction), _problem(problem)
+        request = Request(parsed, way, torch.float32, threads=torch.get_num_threads())
         print(explain_request(request, _algorithm(algorithm)))
+
+
+@app.command("tune")
+def tune_problems(
+    problem: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help='A convolution in short: "n1 c3 o8 x600x512 k3x3 s1 p1".')
+    ] = None,
+    suite: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A suite: see `plainconv bench`.")] = None,
+    direction: Annotated[str, typer.Option(help=f"{', '.join(d.value for d in Direction)}.")] = "forward",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(BENCH_DTYPES)}.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch would take.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Tensors with channels innermost.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="Add a bias.")] = False,
+    allow_builtin: Annotated[bool, typer.Option("--allow-builtin", help="Let torch's own compete.")] = False,
+) -> None:
+    """Measure which algorithm is the quickest for a convolution on this machine, and remember it for all calls."""
+    with one_line():
+        way = _direction(direction)
+        if dtype not in BENCH_DTYPES:
+            raise InputError(f"unknown dtype {dtype!r}; dtypes are {', '.join(BENCH_DTYPES)}")
+        if bias and way is Direction.GRAD_WEIGHT:
+            raise InputError("--bias belongs to forward and grad_input; a gradient for the weight has none")
+        asked = [(way, _problem(text)) for text in problem or []]
+        if suite:
+            from plainconv import bench
+
+            asked += [(layer.direction(way), layer.problem) for layer in bench.named(suite)]
+        if not asked:
+            raise InputError("--problem TEXT or --suite NAME says what to tune")
+        if threads:
+            torch.set_num_threads(threads)
+        with tuning() as report:
+            for one, parsed in asked:
+                plan(
+                    Request(
+                        parsed,
+                        one,
+                        getattr(torch, dtype),
+                        channels_last=channels_last,
+                        has_bias=bias,
+                        threads=torch.get_num_threads(),
+                        allow_builtin=allow_builtin,
+                    )
+                )
+                while report.tuned:
+                    print(report.tuned.pop())
+        for note in measure.notes():
+            print(f"note: {note}")
+
+
+def _direction(name: str) -> Direction:
+    if name not in (known := [d.value for d in Direction]):
+        raise InputError(f"unknown direction {name!r}; directions are {', '.join(known)}")
+    return Direction(name)
+
+
+def _problem(text: str) -> ConvProblem:
+    try:
+        return ConvProblem.parse(text)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.menu.base import Tensors
-from plainconv.plan import Plan, plan
+from plainconv.plan import Plan, on_forget, plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.settings import Settings
 
@@ -159,6 +159,9 @@ def _plan(
         allow_builtin=settings.allow_builtin,
     )
     return plan(request, settings.algorithm)
+
+
+on_forget(_plan.cache_clear)
 
 
 def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:

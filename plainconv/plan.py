@@ -1,22 +1,31 @@
 """Which algorithm serves a request, and why.
 
-`plan(request)` asks every algorithm on the menu, ranks those that are able by their estimates, and remembers the
-answer: a `Plan` is made once and called often.  A choice depends on the request alone, never on values.
+`plan(request)` asks every algorithm on the menu, ranks those that are able by what was measured on this machine, or by
+their estimates where nothing was, and remembers the answer: a `Plan` is made once and called often.  A choice depends
+on the request and the records alone, never on values.  Nothing is measured unless someone asks for it: `tune` and
+`tuning`.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from plainconv import measure
+from plainconv.cpu import compile as cpu
+from plainconv.measure import Candidate, Record
 from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
 from plainconv.settings import AUTO
+from plainconv.timing import Timing, duration
 
 SLOW_REFERENCE = 1e8  # multiplies from which the reference warns
 
@@ -27,11 +36,19 @@ class AlgorithmRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one algorithm says of a request: its cost, or the sentence why it cannot."""
+    """What one algorithm says of a request: its cost, or the sentence why it cannot; and its time, if that is known."""
 
     algorithm: Algorithm
     cost: Cost | None
     why_not: str | None
+    timing: Timing | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What a call will take, as far as is known."""
+        if self.timing:
+            return self.timing.median_s
+        return self.cost.seconds if self.cost else float("inf")
 
 
 @dataclass(frozen=True)
@@ -51,26 +68,28 @@ class Plan:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The verdict of every algorithm on one request, and which was chosen; prints as a table."""
+    """The verdict of every algorithm on one request, and which was chosen; prints as a table.
+
+    notes: what is the matter with the compiled kernels and the measurements on disk, one sentence each.
+    """
 
     request: Request
     verdicts: tuple[Verdict, ...]
     chosen: str
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        rows = [("algorithm", "estimate", "workspace", "")]
+        rows = [("algorithm", "estimate", "measured", "workspace", "")]
         for verdict in self.verdicts:
-            note = "<- chosen" if verdict.algorithm.name == self.chosen else ""
-            if verdict.cost is None:
-                rows.append((verdict.algorithm.name, "-", "-", verdict.why_not or ""))
-            else:
-                rows.append(
-                    (verdict.algorithm.name, _seconds(verdict.cost.seconds), _bytes(verdict.cost.workspace), note)
-                )
-        lines = [
-            f"{name:<10}  {estimate:>9}  {workspace:>9}  {note}".rstrip() for name, estimate, workspace, note in rows
-        ]
-        return "\n".join([str(self.request), *lines])
+            name, cost = verdict.algorithm.name, verdict.cost
+            if cost is None:
+                rows.append((name, "-", "-", "-", verdict.why_not or ""))
+                continue
+            measured = duration(verdict.timing.median_s) if verdict.timing else "-"
+            note = "<- chosen" if name == self.chosen else ""
+            rows.append((name, duration(cost.seconds), measured, _bytes(cost.workspace), note))
+        lines = [f"{row[0]:<10}  {row[1]:>9}  {row[2]:>9}  {row[3]:>9}  {row[4]}".rstrip() for row in rows]
+        return "\n".join([str(self.request), *lines, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__
 
@@ -89,15 +108,18 @@ def check_algorithm(name: str) -> None:
 
 def ask(request: Request) -> tuple[Verdict, ...]:
     """Every algorithm's verdict, in the order of the menu."""
-    return tuple(_verdict(algorithm, request) for algorithm in ALGORITHMS)
+    records = measure.known(request)
+    return tuple(_verdict(algorithm, request, records) for algorithm in ALGORITHMS)
 
 
 @lru_cache(4096)
 def plan(request: Request, name: str = AUTO) -> Plan:
-    """The plan for a request: the ablest by estimate, or the algorithm that is named.
+    """The plan for a request: the quickest by measurement or estimate, or the algorithm that is named.
 
     Raises AlgorithmRefused if the named one cannot serve the request, ValueError if there is none of that name.
     """
+    if (report := _tuning) is not None and name == AUTO:
+        report.tuned.append(_tune(request))
     verdict = _choice(request, name)
     if verdict.cost is None:
         raise AlgorithmRefused(f"algorithm={name!r} refuses {request}: {verdict.why_not}")
@@ -109,17 +131,123 @@ def plan(request: Request, name: str = AUTO) -> Plan:
 def explain_request(request: Request, name: str = AUTO) -> Explanation:
     """The verdicts on a request, and which algorithm `name` leads to (none, if the one named refuses)."""
     choice = _choice(request, name)
-    return Explanation(request, ask(request), choice.algorithm.name if choice.cost else "")
+    notes = cpu.notes() + measure.notes()
+    return Explanation(request, ask(request), choice.algorithm.name if choice.cost else "", notes)
+
+
+# -- tuning ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found for one request: the algorithm by estimate, the one taken now, and the verdicts with times."""
+
+    request: Request
+    estimated: str
+    chosen: str
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        timings = {verdict.algorithm.name: verdict.timing for verdict in self.verdicts if verdict.timing}
+        told = f"{self.request}: {self.chosen} {duration(timings[self.chosen].median_s)}"
+        if self.estimated == self.chosen:
+            return told
+        other = timings.get(self.estimated)
+        return f"{told}, not {self.estimated}" + (f" {duration(other.median_s)}" if other else "")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was met while tuning, in order; prints as one line for each request."""
+
+    tuned: list[Tuned] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.tuned)) or "no convolution with algorithm='auto' was met"
+
+    __repr__ = __str__
+
+
+_tuning: Tuning | None = None
+
+
+@contextmanager
+def tuning() -> Iterator[Tuning]:
+    """Measure, for every kind of call met in this block, the algorithms that can serve it, and take the quickest.
+
+        with plainconv.tuning() as report:
+            model(images).sum().backward()
+        print(report)
+
+    Each request (sizes, direction, type, memory format, threads, settings) is measured once, in the forward and in the
+    backward pass, and remembered in the user's cache: later calls, of other processes too, go by it.  A request that
+    was measured before is not measured again, nor is a call that names its algorithm.  Measuring takes about half a
+    second a request, on tensors of its own, and only the algorithms take part that `max_workspace` and `allow_builtin`
+    let in.  It holds for all threads of the process.  Yields a report that grows, and prints as a line a request.
+    """
+    global _tuning
+    forget()  # so that every call asks for its plan again
+    before, _tuning = _tuning, Tuning()
+    try:
+        yield _tuning
+    finally:
+        _tuning = before
+
+
+def tune(function: Callable[..., Any], *inputs: Any, **named: Any) -> Tuning:
+    """Call a module or function once under `tuning`, and return what was found; the report prints.
+
+    The call has its usual effects (a layer in training mode updates its statistics); gradients are tuned where it
+    computes them: give it a function that does a whole training step.
+    """
+    with tuning() as report:
+        function(*inputs, **named)
+    return report
+
+
+def _tune(request: Request) -> Tuned:
+    """Measure the algorithms that can serve a request, unless all have records already, and keep the records."""
+    able = [verdict for verdict in ask(request) if verdict.cost]
+    estimated = min(able, key=lambda verdict: verdict.cost.seconds if verdict.cost else 0.0)
+    records = measure.known(request)
+    versions = {verdict.algorithm.name: verdict.algorithm.version for verdict in able}
+    if any(name not in records or records[name].version != version for name, version in versions.items()):
+        candidates = {
+            verdict.algorithm.name: Candidate(verdict.cost.seconds, Plan(request, verdict.algorithm, verdict.cost))
+            for verdict in able
+            if verdict.cost
+        }
+        timings = measure.measure(request, candidates)
+        measure.keep(request, {name: Record(versions[name], timing) for name, timing in timings.items()})
+    return Tuned(request, estimated.algorithm.name, _choice(request, AUTO).algorithm.name, ask(request))
+
+
+def forget() -> None:
+    """Forget the plans made so far: records have changed, or are about to."""
+    plan.cache_clear()
+    for clear in _clears:
+        clear()
+
+
+def on_forget(clear: Callable[[], object]) -> None:
+    """Call this whenever plans are forgotten; for whoever remembers what was made of them."""
+    _clears.append(clear)
+
+
+_clears: list[Callable[[], object]] = []
+
+
+# -- verdicts --------------------------------------------------------------------------------------------------------
 
 
 def _choice(request: Request, name: str) -> Verdict:
     check_algorithm(name)
     if name != AUTO:
-        return _verdict(next(a for a in ALGORITHMS if a.name == name), request)
-    return min((v for v in ask(request) if v.cost), key=lambda v: v.cost.seconds if v.cost else 0.0)
+        return _verdict(next(a for a in ALGORITHMS if a.name == name), request, {})
+    return min((v for v in ask(request) if v.cost), key=lambda v: v.seconds)
 
 
-def _verdict(algorithm: Algorithm, request: Request) -> Verdict:
+def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Record]) -> Verdict:
     if request.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise NotImplementedError(f"plainconv is not implemented for {request.dtype}; it knows {known}")
@@ -131,7 +259,8 @@ def _verdict(algorithm: Algorithm, request: Request) -> Verdict:
     if cost.workspace > request.max_workspace:
         sentence = f"it needs {_bytes(cost.workspace)} of workspace, and {_bytes(request.max_workspace)} are allowed"
         return Verdict(algorithm, None, sentence)
-    return Verdict(algorithm, cost, None)
+    record = records.get(algorithm.name)
+    return Verdict(algorithm, cost, None, record.timing if record and record.version == algorithm.version else None)
 
 
 def _warn_if_slow(verdict: Verdict) -> None:
@@ -141,13 +270,6 @@ def _warn_if_slow(verdict: Verdict) -> None:
             f"{verdict.cost.multiplies:.1e} multiplies to do; plainconv.explain(...) says why",
             stacklevel=2,
         )
-
-
-def _seconds(value: float) -> str:
-    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
-        if value < 1000 * scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
 
 
 def _bytes(value: int) -> str:

@@ -10,6 +10,8 @@ from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
+from plainconv.timing import duration
+
 OURS, TORCH, LOSS, OTHER = "#1f6feb", "#d9730d", "#cf222e", "#8c959f"
 INK, FAINT = "#24292f", "#d8dee4"
 DPI = 200
@@ -139,14 +141,6 @@ def _columns(
         columns[-1].append((suite, layers))
         height += len(layers) + 2
     return columns
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a unit that suits: 0.00123 -> "1.23 ms"."""
-    for factor, unit in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")):
-        if seconds * factor < 1000 or unit == "s":
-            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
-    raise AssertionError("every duration has a unit")
 
 
 def _colour(name: str) -> str:

@@ -14,6 +14,7 @@ from plainconv import plots
 from plainconv.files import write_whole
 from plainconv.picture import Picture
 from plainconv.picture.io import to_image
+from plainconv.timing import duration
 
 TEMPLATE = "report.html.j2"
 PAGE, RECORDS = "report.html", "records.json"
@@ -47,7 +48,7 @@ def write_report(
 def render(records: Mapping[str, Any], gallery: Mapping[str, Picture], made: Mapping[str, Picture]) -> str:
     """The page as text; pictures and figures are inside it as data URIs."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["duration"] = plots.duration
+    environment.filters["duration"] = duration
     template = environment.from_string(files("plainconv").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in records["filter"]["rows"]}
     runs = records["training"]["runs"]

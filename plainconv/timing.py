@@ -78,7 +78,7 @@ def in_turn(
 def machine() -> dict[str, str | int]:
     """What a measurement depends on: processor, cores, threads, GPU if there is one, system and versions."""
     found: dict[str, str | int] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
@@ -96,12 +96,20 @@ def machine() -> dict[str, str | int]:
     return found
 
 
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits: 0.00123 -> "1.23 ms"."""
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+
+
 def _timing(spent: list[float]) -> Timing:
     low, median, high = quantiles(spent, n=4, method="inclusive")
     return Timing(median, low, high, len(spent))
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as its system states it."""
     if Path("/proc/cpuinfo").is_file():
         for line in Path("/proc/cpuinfo").read_text().splitlines():

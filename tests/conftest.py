@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 import torch
 
+from plainconv import measure
 from plainconv.cpu import compile as compiler
 
 hypothesis.settings.register_profile("plainconv", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -15,9 +16,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _kernels_in_a_folder_of_the_tests(tmp_path_factory):
+def _caches_in_folders_of_the_tests(tmp_path_factory):
     """No test reads or fills the user's cache."""
-    with compiler.kept_in(tmp_path_factory.mktemp("kernels")):
+    with compiler.kept_in(tmp_path_factory.mktemp("kernels")), measure.kept_in(tmp_path_factory.mktemp("records")):
         yield
 
 

@@ -218,7 +218,7 @@ def test_the_table_has_every_algorithm_and_one_choice(direction):
     explanation = explain_request(asked)
     head, columns, *_ = str(explanation).splitlines()
     assert head == str(asked)
-    assert columns.split() == ["algorithm", "estimate", "workspace"]
+    assert columns.split() == ["algorithm", "estimate", "measured", "workspace"]
     table = lines(explanation)
     assert tuple(table) == plainconv.algorithms()
     assert [name for name, line in table.items() if line.endswith("<- chosen")] == [explanation.chosen]
@@ -230,7 +230,7 @@ def test_the_table_has_the_sentence_why_not():
     table = lines(explain_request(request(SMALL, Direction.FORWARD, torch.int8, max_workspace=0)))
     assert "the Fourier transform rounds, and torch.int8 must be exact" in table["fft"]
     assert "of workspace, and 0 B are allowed" in table["shift"]
-    assert table["fft"].split()[1:3] == ["-", "-"]
+    assert table["fft"].split()[1:4] == ["-", "-", "-"]
 
 
 def test_the_table_of_a_forced_algorithm():

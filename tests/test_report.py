@@ -123,14 +123,6 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path, monkeypatch):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.html", "old")]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.0000012, "1.2 µs"), (0.00123, "1.23 ms"), (0.9994, "999 ms"), (12.34, "12.3 s"), (1230, "1,230 s")],
-)
-def test_durations(seconds, said):
-    assert plots.duration(seconds) == said
-
-
 def test_the_sample_photograph_is_there():
     with Image.open(plots.sample_photograph()) as image:
         assert image.size == (512, 600)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plainconv.cpu.store import Store
+from plainconv.cpu.store import Store, user_store
 
 FORMAT = 1  # raised when the code below changes what is made of the same text
 MAX_KERNELS = 512  # held in memory
@@ -266,17 +266,7 @@ class _State:
         return self._find()
 
 
-def _user_folder() -> Store:
-    """The user's cache folder, as platformdirs finds it."""
-    import platformdirs
-
-    folder = platformdirs.user_cache_path("plainconv", appauthor=False) / "kernels"
-    if not folder.is_absolute():  # no home, and no entry in the list of users either
-        return Store(None, _MAGIC, "this user has no home folder, so compiled kernels are kept in memory only")
-    return Store(folder, _MAGIC)
-
-
-_state = _State(_user_folder, _Held(MAX_KERNELS))
+_state = _State(lambda: user_store("kernels", _MAGIC, "compiled kernels"), _Held(MAX_KERNELS))
 
 
 @contextmanager

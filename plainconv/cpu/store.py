@@ -124,6 +124,16 @@ class Store:
             os.close(descriptor)
 
 
+def user_store(name: str, magic: bytes, kept: str) -> Store:
+    """The folder `name` of plainconv's in the user's cache, as platformdirs finds it; `kept` says what is kept there."""
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("plainconv", appauthor=False) / name
+    if not folder.is_absolute():  # no home, and no entry in the list of users either
+        return Store(None, magic, f"this user has no home folder, so {kept} are kept in memory only")
+    return Store(folder, magic)
+
+
 class _Refused(Exception):
     """A file or folder that must not be used; str() is the sentence."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from attacks import DAMAGES
 
 from plainconv.cpu import compile as compiler
 from plainconv.cpu import store as storage
@@ -188,24 +189,7 @@ def test_the_key_names_all_that_the_code_depends_on(monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
-def damage_byte(file):
-    content = bytearray(file.read_bytes())
-    content[-40] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        damage_byte,
-        lambda file: file.write_bytes(file.read_bytes()[:-1]),
-        lambda file: file.write_bytes(file.read_bytes()[:10]),
-        lambda file: file.write_bytes(b""),
-        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
-        lambda file: file.write_bytes(b"X" + file.read_bytes()[1:]),
-    ],
-    ids=["a bit", "cut short", "cut in the head", "empty", "longer", "another magic"],
-)
+@pytest.mark.parametrize("attack", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_ignored_and_rebuilt(folder, attack):
     compile_again(folder)
     attack(files(folder)[0])
@@ -379,9 +363,9 @@ def test_a_read_only_folder(filled):
 
 def test_nothing_is_kept_without_a_home(monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/plainconv"))
-    store = compiler._user_folder()
+    store = storage.user_store("kernels", b"magic", "compiled kernels")
     assert store.folder is None
-    assert "no home" in store.notes()[0]
+    assert store.notes() == ("this user has no home folder, so compiled kernels are kept in memory only",)
     assert not store.write("name", b"data")
     assert store.read("name") is None
 
