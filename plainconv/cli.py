@@ -257,13 +257,13 @@ def bench_suites(
             kind = getattr(torch, dtype)
             peaks = bench.measured(kind, used)
             setting = bench.Setting(direction, kind, used, peaks, seconds, regret, full, others)
-            rows = []
             with Progress(TextColumn("{task.description:>30}"), *_COUNTED, console=Console(stderr=True)) as progress:
                 task = progress.add_task("", total=len(layers))
-                for layer in layers:
-                    progress.update(task, description=f"{layer.suite} {layer.name}"[:60])
-                    rows.append(bench.measure(layer, setting))
-                    progress.advance(task)
+
+                def watch(done: int, name: str) -> None:
+                    progress.update(task, completed=done, description=name[:60])
+
+                rows, setting = bench.measure_all(layers, setting, watch)
             records = bench.as_records(rows, setting)
         print(bench.heading(records))
         print(bench.table(rows))

@@ -3,7 +3,7 @@
 from plainconv.bench.against import others
 from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.records import as_json, as_records, drawn, heading, rows_of, summary, table
-from plainconv.bench.run import Row, Setting, alone, measure
+from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "heading",
     "load",
     "measure",
+    "measure_all",
     "measured",
     "named",
     "others",

@@ -9,6 +9,9 @@ A layer can take no less than the longest of three: its operations at the first 
 three tensors have, and the shortest call of a convolution there is (one product; the faster of torch and plainconv).
 Half types are summed in float32, so their arithmetic is that of float32; for bfloat16 it is the processor's dot product
 of pairs, r_i = r_i + m * a + n * b, where there is one.
+
+A virtual machine may lose half of its speed for seconds, when its host runs two of its cores on one.  So the machine is
+measured again after each layer, and the best of all counts.
 """
 
 from __future__ import annotations
@@ -65,6 +68,11 @@ class Peaks:
             return s
         return s + (t - s) * (size - a) / (b - a)
 
+    def best(self, other: Peaks) -> Peaks:
+        """The better of both in everything; the copies are of the same sizes."""
+        copies = tuple((size, min(s, t)) for (size, s), (_, t) in zip(self.copies, other.copies, strict=True))
+        return Peaks(max(self.flops, other.flops), copies, min(self.call_s, other.call_s))
+
     def limit(self, flop: float, size: int) -> Limit:
         """The least time of `flop` operations on tensors of `size` bytes."""
         each = {"arithmetic": flop / self.flops, "memory": self.copy_s(size), "call": self.call_s}
@@ -72,13 +80,13 @@ class Peaks:
         return Limit(each[bound_by], bound_by)
 
 
-def measured(dtype: torch.dtype, threads: int) -> Peaks:
-    """Measure the machine, in two or three seconds."""
-    _flops(dtype, threads)  # threads that have just been made may share one core for some tenths of a second
-    return Peaks(_flops(dtype, threads), tuple((size, _copy_s(size, threads)) for size in COPIES), _call_s(dtype))
+def measured(dtype: torch.dtype, threads: int, seconds: float = 0.5) -> Peaks:
+    """Measure the machine: the arithmetic for so many seconds, the call for a fifth, each copy for a tenth of that."""
+    copies = tuple((size, _copy_s(size, threads, seconds / 10)) for size in COPIES)
+    return Peaks(_flops(dtype, threads, seconds), copies, _call_s(dtype, seconds / 5))
 
 
-def _flops(dtype: torch.dtype, threads: int) -> float:
+def _flops(dtype: torch.dtype, threads: int, seconds: float) -> float:
     host = Target.host()
     element, width = ("double", 8) if dtype == torch.float64 else ("float", 4)
     pairs = dtype == torch.bfloat16 and "pairs" in natives(host)
@@ -86,21 +94,21 @@ def _flops(dtype: torch.dtype, threads: int) -> float:
     kernel = _arithmetic(lanes, element, chains, pairs)
     space = torch.zeros(threads * OWN // 8, dtype=torch.float64)
     args = (space.data_ptr(), REPEATS)
-    spent = _best(lambda: launch(kernel, args, threads, threads), 0.5)
+    spent = _best(lambda: launch(kernel, args, threads, threads), seconds)
     return (4 if pairs else 2) * lanes * chains * REPEATS * threads / spent
 
 
-def _copy_s(size: int, threads: int) -> float:
+def _copy_s(size: int, threads: int, seconds: float) -> float:
     blocks = size // 2 // BLOCK
     source, target = torch.ones(2, blocks * BLOCK, dtype=torch.uint8)
     kernel, args = _copy(Target.host().bits // 32), (source.data_ptr(), target.data_ptr())
-    return _best(lambda: launch(kernel, args, blocks, threads), 0.05)
+    return _best(lambda: launch(kernel, args, blocks, threads), seconds)
 
 
-def _call_s(dtype: torch.dtype) -> float:
+def _call_s(dtype: torch.dtype, seconds: float) -> float:
     one = Layer("", "one product", ConvProblem.parse("n1 c1 o1 x1x1 k1x1"))
     given = tensors(one, dtype).to(CONTIGUOUS)
-    return min(_best(make(one, "forward", given), 0.1) for make in (torchs, ours))
+    return min(_best(make(one, "forward", given), seconds) for make in (torchs, ours))
 
 
 def _arithmetic(lanes: int, element: str, chains: int, pairs: bool) -> Kernel:

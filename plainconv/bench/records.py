@@ -22,6 +22,8 @@ FORMAT = 1  # raised when the fields change their meaning
 
 SHOWN_COPIES = (1 << 17, 1 << 20, 1 << 23, 1 << 28)  # bytes
 
+SLOWED = 0.8  # a speed of the machine that a table mentions
+
 _DERIVED = ("ratio", "right", "short", "share", "most", "flop")  # written for a reader, made again from the rest
 
 
@@ -245,6 +247,11 @@ def _error(row: Row) -> str:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What a table has no column for."""
     notes = [f"  {row.layer.name} (cut): over 4 GFLOP, it was {row.cut_from}" for row in rows if row.cut_from]
+    notes += [
+        f"  {row.layer.name}: the machine ran at {row.speed:.0%} of its arithmetic right after it"
+        for row in rows
+        if row.speed < SLOWED
+    ]
     if any(row.short for row in rows):
         notes.append("  * torch finishes the call in under 25 us")
     for row in rows:

@@ -7,7 +7,9 @@ called a few times only, since the better of the two counts.  A layer whose resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,19 +17,21 @@ from typing import Any
 
 import torch
 
+from plainconv import measure as records
 from plainconv.bench import calls
 from plainconv.bench.against import Library, call_of
 from plainconv.bench.calls import Call, Tensors
 from plainconv.bench.check import Exact, Verdict, exact, judge
-from plainconv.bench.peaks import Peaks
+from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.scratch import torchs_peak
 from plainconv.bench.suites import Layer
-from plainconv.cpu.compile import kept_in
-from plainconv.plan import Explanation
+from plainconv.cpu import compile
+from plainconv.plan import Explanation, forget
 from plainconv.timing import Timing, in_turn
 
 SLOW = 3.0  # times its other format: so slow that it does not matter how slow
 TURN_S = 2e-3  # how long a side goes on before it is the other's turn
+AFTER_S = 0.03  # how long the machine's arithmetic is measured after each layer
 SHORT_S = 25e-6  # a call that torch finishes in less is held to another threshold, and marked
 OTHERS_CLAIM = 1000.0  # units of eps that another library's result may be off: it may transform and sum as it likes
 FAR = 10.0  # an algorithm whose estimate is so many times the best's is not measured for the regret
@@ -81,6 +85,7 @@ class Row:
         checks: memory format -> how far our result is off.
         torch_check: how far torch's contiguous result is off.
         limit_s, bound_by: the least time that the machine allows, and what asks for it.
+        speed: the machine's arithmetic right after this layer, as a share of the best in the run.
         first_call_s: the first call of the process for this layer: planning and compiling included.
         scratch, torch_scratch: memory formats' best: workspace of our plan; what torch allocated beyond its result.
         regret: see Regret; None if not asked for.
@@ -98,11 +103,20 @@ class Row:
     torch_check: Verdict
     limit_s: float
     bound_by: str
+    speed: float
     first_call_s: float
     scratch: int
     torch_scratch: int
     regret: Regret | None
     against: dict[str, Timing | str]
+
+    def within(self, best: Peaks, then: Peaks) -> Row:
+        """This row with the limit that the best peaks of the run give; `then` are those right after it."""
+        layer, times = self.layer, 3 if self.direction == "train" else 1
+        elements = sum(map(math.prod, (layer.input_shape, layer.problem.weight_shape, layer.output_shape)))
+        limit = best.limit(self.flop, elements * getattr(torch, self.dtype).itemsize * times)
+        speed = then.flops / best.flops
+        return dataclasses.replace(self, limit_s=limit.seconds, bound_by=limit.bound_by, speed=speed)
 
     @property
     def right(self) -> bool:
@@ -163,14 +177,41 @@ def best(timings: Mapping[str, Timing]) -> str:
 
 @contextmanager
 def alone(threads: int) -> Iterator[int]:
-    """Measure with so many threads, and with no kernels at hand but those that are compiled meanwhile."""
+    """Measure with so many threads, no kernels but those that are compiled meanwhile, and no records of tuning."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with kept_in(None):
+        with compile.kept_in(None), records.kept_in(None):
+            forget()
             yield threads
     finally:
+        forget()
         torch.set_num_threads(before)
+
+
+def measure_all(
+    layers: Sequence[Layer], setting: Setting, watch: Callable[[int, str], object] = lambda done, name: None
+) -> tuple[list[Row], Setting]:
+    """Measure one layer after the other, and the machine after each.
+
+    Args:
+        layers: of any suites.
+        setting: its peaks are those at the start.
+        watch: called before each layer, and at the end, with how many are done and the name of the next.
+
+    Returns:
+        the rows, and the setting with the best peaks of the run, within which all the rows are.
+    """
+    found: list[tuple[Row, Peaks]] = []
+    best = setting.peaks
+    for layer in layers:
+        watch(len(found), f"{layer.suite} {layer.name}")
+        row = measure(layer, setting)
+        then = measured(setting.dtype, setting.threads, AFTER_S)
+        best = best.best(then)
+        found.append((row, then))
+    watch(len(found), "done")
+    return [row.within(best, then) for row, then in found], dataclasses.replace(setting, peaks=best)
 
 
 def measure(layer: Layer, setting: Setting) -> Row:
@@ -194,15 +235,12 @@ def measure(layer: Layer, setting: Setting) -> Row:
 
     right = all(check.right for check in checks.values())
     timings = _timed({"torch": torchs, **({"ours": ours} if right else {})}, setting.seconds)
-    moved = sum(tensor.numel() for tensor in given) * setting.dtype.itemsize
-    times = 3 if direction == "train" else 1
-    limit = setting.peaks.limit(layer.flop * times, moved * times)
     at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
     others = {
         name: call_of(library, layer, laid[calls.CONTIGUOUS], direction, setting.threads)
         for name, library in (setting.against or {}).items()
     }
-    return Row(
+    row = Row(
         layer=layer,
         cut_from=None if layer is whole else str(whole.problem),
         direction=direction,
@@ -212,14 +250,16 @@ def measure(layer: Layer, setting: Setting) -> Row:
         algorithms={layout: "/".join(each.chosen for each in many) for layout, many in told.items()},
         checks=checks,
         torch_check=torch_check,
-        limit_s=limit.seconds,
-        bound_by=limit.bound_by,
+        limit_s=0.0,
+        bound_by="",
+        speed=1.0,
         first_call_s=first_call_s,
         scratch=max(_chosen(each).cost.workspace for each in told[at_best]),
         torch_scratch=torchs_peak(torchs[best(timings["torch"])]),
         regret=_regret(layer, setting, laid[at_best], told[at_best], expected) if setting.regret and right else None,
         against=_others(others, expected, ours[at_best], setting.seconds) if right else {},
     )
+    return row.within(setting.peaks, setting.peaks)
 
 
 def _timed(sides: Mapping[str, Mapping[str, Call]], seconds: float) -> dict[str, dict[str, Timing]]:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from plainconv import bench
 from plainconv.bench import peaks, suites
+from plainconv.bench import run as run_module
 from plainconv.bench.suites import Layer
 from plainconv.cli import app
 from plainconv.problem import ConvProblem
@@ -22,7 +23,8 @@ def _tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suites, "load", lambda: TINY)
     monkeypatch.setattr(bench, "load", lambda: TINY)
-    monkeypatch.setattr(bench, "measured", lambda dtype, threads: peaks.Peaks(1e11, ((1, 1e-6), (9, 1e-5)), 1e-6))
+    for module in (bench, run_module):
+        monkeypatch.setattr(module, "measured", lambda *_: peaks.Peaks(1e11, ((1, 1e-6), (9, 1e-5)), 1e-6))
 
 
 def run(*words):

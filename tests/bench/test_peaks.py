@@ -24,11 +24,16 @@ def test_between_and_beyond_what_was_measured():
     assert MACHINE.copy_s(18000) == pytest.approx(38e-6), "on as the last two lead"
 
 
+def test_the_best_of_two():
+    other = Peaks(2e11, ((1000, 2e-6), (2000, 1.5e-6), (10000, 20e-6)), 6e-6)
+    assert MACHINE.best(other) == Peaks(2e11, ((1000, 1e-6), (2000, 1.5e-6), (10000, 20e-6)), 5e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_measured(dtype, monkeypatch):
     monkeypatch.setattr(peaks, "COPIES", (1 << 15, 1 << 20))
     monkeypatch.setattr(peaks, "REPEATS", 100)
-    found = measured(dtype, 1)
+    found = measured(dtype, 1, 0.01)
     assert 1e8 < found.flops < 1e14
     assert [size for size, _ in found.copies] == [1 << 15, 1 << 20]
     assert all(1e7 < size / spent < 1e13 for size, spent in found.copies)

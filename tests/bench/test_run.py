@@ -7,12 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from plainconv import bench, plots
+from plainconv import bench, measure, plots
 from plainconv.bench import calls, run
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.records import geomean, peaks_of, seconds, sentence, size
 from plainconv.bench.suites import Layer
+from plainconv.cpu import compile
+from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import compute_dtype
+from plainconv.plan import forget
 from plainconv.problem import ConvProblem
 from plainconv.timing import Timing
 
@@ -119,11 +122,46 @@ def test_regret():
     assert "plain: regret" in bench.table([row])
 
 
-def test_threads_are_given_back():
+def test_the_machine_is_measured_after_each_layer_and_the_best_counts(monkeypatch):
+    speeds = iter([5e10, 2e11, 1e11])
+    monkeypatch.setattr(run, "measured", lambda dtype, threads, seconds: dataclasses.replace(PEAKS, flops=next(speeds)))
+    seen = []
+    long = dataclasses.replace(PLAIN, problem=ConvProblem.parse("n1 c8 o8 x60x60 k5x5"))
+    rows, after = bench.measure_all([long, ROW, long], setting(), lambda done, name: seen.append((done, name)))
+    assert seen == [(0, "tiny plain"), (1, "line row"), (2, "tiny plain"), (3, "done")]
+    assert after.peaks == dataclasses.replace(PEAKS, flops=2e11)
+    assert [row.speed for row in rows] == [0.25, 1.0, 0.5]
+    assert rows[0].bound_by == rows[2].bound_by == "arithmetic"
+    assert rows[0].limit_s == rows[2].limit_s == pytest.approx(long.flop / 2e11)
+    text = bench.table(rows)
+    assert "plain: the machine ran at 25%" in text
+    assert "row: the machine" not in text
+
+
+def test_what_was_tuned_or_compiled_before_does_not_count():
     before = torch.get_num_threads()
-    with bench.alone(2) as threads:
-        assert torch.get_num_threads() == threads == 2
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)  # a record holds for the threads it was made with
+    given = calls.tensors(PLAIN, torch.float32)
+    request = calls.explain(PLAIN, calls.Direction.FORWARD, given).request
+    measure.keep(request, {"fft": measure.Record(algorithm("fft").version, Timing(1e-9, 1e-9, 1e-9, 5))})
+    try:
+        forget()
+        assert calls.explain(PLAIN, calls.Direction.FORWARD, given).chosen == "fft"
+        kernel = compile.compile(compile._NOTHING)
+        with bench.alone(2) as threads:
+            assert torch.get_num_threads() == threads == 2
+            assert calls.explain(PLAIN, calls.Direction.FORWARD, given).chosen != "fft"
+            assert compile.compile(compile._NOTHING) is not kernel
+        assert calls.explain(PLAIN, calls.Direction.FORWARD, given).chosen == "fft"
+    finally:
+        torch.set_num_threads(1)
+    with bench.alone(2):
+        pass
+    assert torch.get_num_threads() == 1 == before
+
+
+def algorithm(name):
+    return next(algorithm for algorithm in ALGORITHMS if algorithm.name == name)
 
 
 # -- records ---------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def row(layer, ratio, right=True):
         torch_check=FINE,
         limit_s=5e-4,
         bound_by="memory",
+        speed=1.0,
         first_call_s=0.1,
         scratch=0,
         torch_scratch=0,
