@@ -30,6 +30,7 @@ from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
 
 PICKED_STRIDE = 2  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
+AT_ONCE = 4  # channels (or vectors of them) that are copied side by side
 
 POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "slots", "taps", "depth_table", "row_table", "col_table")
 SIZES = (
@@ -220,13 +221,19 @@ class _Dense:
             e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), [x], scratch))
             return
 
-        def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
-            to = e.at(scratch, c * of["pitch"])
-            channels = [e.at(x, (c * shape.steps + i) * of["x_channel"], shape.stored) for i in range(shape.steps)]
-            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), channels, to))
+        # What an entry says is read once for some channels.
+        most = AT_ONCE if shape.source == "rows" else 1
+
+        def copies(count_at_once: int, first: Value) -> list[Value]:
+            to = e.at(scratch, first * of["pitch"])
+            begin = e.at(x, first * shape.steps * of["x_channel"], shape.stored)
+            each = [e.at(begin, of["x_channel"] * i, shape.stored) for i in range(count_at_once * shape.steps)]
+            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), each, to))
             return []
 
-        e.loop(self.channels, [], each_channel)
+        e.loop(self.channels // most, [], lambda i, _: copies(most, i * most))
+        if most > 1:
+            e.loop(self.channels % most, [], lambda i, _: copies(1, self.channels // most * most + i))
 
     def copy_row(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
         e, shape = self.e, self.shape
@@ -236,7 +243,8 @@ class _Dense:
         for x in channels:
             parts = [e.load(x, start + p * shape.lanes, mask, shape.stored) for p, mask in enumerate(masks)]
             rows.append(e.every(shape.stride, 0, parts))
-        e.store(self.together(rows), to, at)
+        for i in range(len(rows) // shape.steps):
+            e.store(self.together(rows[i * shape.steps : (i + 1) * shape.steps]), to, self.given["pitch"] * i + at)
         return []
 
     def copy_table(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
@@ -257,16 +265,25 @@ class _Dense:
         (x,) = channels
         at, start, bits = (e.scalar(entry, i, "i64") for i in range(3))
 
-        def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
-            mask = e.mask(e.integer("and", bits, e.bits_within(0, self.channels - v * lanes)))
+        def copy(v: Value, bits: Value) -> None:
             if shape.pairs:
-                value = e.load_pairs(x, start + v * (2 * lanes), mask)
+                value = e.load_pairs(x, start + v * (2 * lanes), e.mask(bits))
             else:
-                value = e.load(x, start + v * lanes, mask, shape.stored)
+                value = e.load(x, start + v * lanes, e.mask(bits), shape.stored)
             e.store(value, to, at + v * lanes)
+
+        def some(i: Value, _: list[Value]) -> Sequence[Value]:
+            for v in range(AT_ONCE):
+                copy(i * AT_ONCE + v, bits)
             return []
 
-        e.loop((self.channels + (lanes - 1)) // lanes, [], each_vector)
+        def rest(i: Value, _: list[Value]) -> Sequence[Value]:
+            v = self.channels // (AT_ONCE * lanes) * AT_ONCE + i
+            copy(v, e.integer("and", bits, e.bits_within(0, self.channels - v * lanes)))
+            return []
+
+        e.loop(self.channels // (AT_ONCE * lanes), [], some)
+        e.loop((self.channels % (AT_ONCE * lanes) + (lanes - 1)) // lanes, [], rest)
         return []
 
     def together(self, rows: Sequence[Value]) -> Value:
@@ -400,15 +417,23 @@ class _Dense:
                 result += [multiply(acc[s * vectors + v], loaded[v], one) for v in range(vectors)]
             return result
 
-        def each_channel(c: Value, acc: list[Value]) -> Sequence[Value]:
-            a_channel, b_channel = e.at(a, c * of["a_channel"]), e.at(b, c * of["b_channel"], self.b_type)
-            if shape.one_tap:
-                return step(a_channel, b_channel, acc)
+        def each_channel(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
+            return e.loop(
+                self.channels,
+                acc,
+                lambda c, acc: then(e.at(a, c * of["a_channel"]), e.at(b, c * of["b_channel"], self.b_type), acc),
+            )
 
-            def each_tap(t: Value, acc: list[Value]) -> Sequence[Value]:
+        def each_tap(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
+            def tap(t: Value, acc: list[Value]) -> list[Value]:
                 a_shift, b_shift = e.scalar(of["taps"], t * 2, "i64"), e.scalar(of["taps"], t * 2 + 1, "i64")
-                return step(e.at(a_channel, a_shift), e.at(b_channel, b_shift, self.b_type), acc)
+                return then(e.at(a, a_shift), e.at(b, b_shift, self.b_type), acc)
 
-            return e.loop(of["tap_count"], acc, each_tap)
+            return e.loop(of["tap_count"], acc, tap)
 
-        return e.loop(self.channels, acc, each_channel)
+        # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel.
+        if shape.one_tap:
+            return each_channel(a, b, acc, step)
+        if shape.over == "places":
+            return each_channel(a, b, acc, lambda a, b, acc: each_tap(a, b, acc, step))
+        return each_tap(a, b, acc, lambda a, b, acc: each_channel(a, b, acc, step))

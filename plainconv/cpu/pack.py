@@ -3,9 +3,10 @@
 A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (nothing, channel and tap) or
 (pair of channels, tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
 
-    packed[o // width, u, v, o % width]  =  w[o, u, v]        zero for outputs that do not exist
+    packed[o // width, r, o % width]  =  w[o, u, v]        zero for outputs that do not exist
 
-in squares of lanes x lanes, transposed in registers.  Without lanes, packed[o, u, v] holds the pairs of w.
+in squares of lanes x lanes, transposed in registers; r counts taps, and within them channels.  Without lanes,
+packed[o, r] holds the pairs of w, and r counts channels, and within them taps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SIZES = (
     "w_output",
     "w_u",
     "w_far",  # from a number to the other of its pair
+    "r_u",  # r = r_u * u + r_v * v
+    "r_v",
     "width",  # lanes of a tile
 )
 
@@ -72,13 +75,13 @@ def text(shape: Shape) -> str:
                 for r in range(rows):
                     here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
                     loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here)))
-                at = u * of["v_count"] + first
                 if shape.transposed:
-                    # The last column exists or is a vector's width behind what does: from the bottom up, and clipped.
+                    # Columns that do not exist are written over the last one, which is then written itself.
                     for column, value in reversed(list(enumerate(e.transpose(loaded)))):
-                        e.store(value, to, (at + e.least(left - 1, column)) * of["width"])
+                        place = u * of["r_u"] + (first + e.least(left - 1, column)) * of["r_v"]
+                        e.store(value, to, place * of["width"])
                 else:
-                    e.store(loaded[0], to, at, e.tail(left))
+                    e.store(loaded[0], to, u * of["r_u"] + first, e.tail(left))
                 return []
 
             e.loop((of["v_count"] + (lanes - 1)) // lanes, [], each_vector)

@@ -33,19 +33,22 @@ PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
 PLACES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
 
-# Cycles, measured on one core with AVX-512; they rank blocks and algorithms.
-CYCLES_PER_SECOND = 3.6e9
-COPY = 4.0  # a vector gathered
-STEP = 0.5  # what a step costs beside its products
-LINE = 0.25  # and beside each vector it loads
-FIRST = 12.0  # a vector's beginning and end
-SINGLE = 1.35  # a vector that fills no tile, beside one that does
-FAR = 1.2  # a strip that the core's own cache does not keep
-WEIGHT_BYTES = 8.0  # a cycle, of the weight read again for each block
+# Cycles, fitted to some 600 measured ways of 41 layers on one core with AVX-512; they rank ways and algorithms.
+CYCLES_PER_SECOND = 3.67e9
+PRODUCT = 0.96  # a vector multiplied and added
+STEP = 0.7  # what a step of a tile costs beside its products
+LOAD = 0.15  # and beside each vector it loads
+UNALIGNED = 0.5  # more, if vectors begin anywhere in a line of the cache
+SINGLE_STEP = 4.5  # a step of a single vector
+SINGLE_PRODUCT = 0.4
+FIRST = 3.0  # a vector's beginning and end
+COPY = 6.4  # a vector gathered
+BLOCK = 90.0  # a block's beginning and end
+FAR = 1.08  # a strip that the core's own cache does not keep
+NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
+FAR_BYTES = 2.7  # and of a larger one
+FAR_WEIGHT = 4 << 20
 HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
-AS_IT_LIES = 1.04  # reading channels that are far apart, instead of a strip
-UNALIGNED = 1.1  # and that begin anywhere in a line of the cache
-PACK = 0.5  # a number of the weight packed
 BYTES_PER_SECOND = 15e9
 LAUNCH_S = 6e-6
 THREADS_S = 4e-6
@@ -160,14 +163,13 @@ def _tiles(scalars: int, vectors: int, spare: int) -> Iterator[Tile]:
             yield Tile(-(-scalars // -(-scalars // most)), wide)
 
 
-def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int) -> float:
+def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int, load: float) -> float:
     """Of the product of `scalars` x `vectors`, each a sum over `steps`."""
     whole, single = divmod(vectors, tile.vectors)
-    loads = (tile.scalars + 3 * tile.vectors) / 2
-    step = max(tile.scalars * tile.vectors, loads, 8) + STEP + LINE * tile.vectors
-    one = max(tile.scalars * SINGLE, 8) + STEP + LINE
-    along = whole * (steps * step + FIRST * tile.vectors) + single * (steps * one + FIRST)
-    return -(-scalars // tile.scalars) * along
+    step = PRODUCT * max(tile.scalars * tile.vectors, 8) + STEP + load * tile.vectors
+    one = SINGLE_PRODUCT * max(tile.scalars, 8) + SINGLE_STEP
+    sums = tile.scalars * (whole * tile.vectors + single)
+    return -(-scalars // tile.scalars) * (steps * (whole * step + single * one) + FIRST * sums)
 
 
 def _blocks(sides: Sides, lanes: int) -> Iterator[tuple[int, int, bool]]:
@@ -200,6 +202,7 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
     spare = target.registers - (2 if target.fma else 3)
     steps = is_.channels * problem.taps
     weight = problem.group_out * steps * is_.size
+    load = LOAD if gathers or not is_.places or math.prod(problem.spatial) % lanes == 0 else LOAD + UNALIGNED
     found: list[tuple[int, Layout]] = []
     for rows, cols, whole in _blocks(sides, lanes):
         strip = strip_of(sides, rows, cols, whole)
@@ -212,13 +215,12 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
         if is_.places:
             scalars, vectors = problem.group_out, -(-rows * cols // lanes)
         for tile in _tiles(scalars, vectors, spare):
-            work = _tile_cycles(scalars, vectors, tile, steps) * filled * vector
+            work = _tile_cycles(scalars, vectors, tile, steps, load) * filled * vector
             work *= FAR if strip_bytes > STRIP_BYTES else 1.0
-            work += weight / WEIGHT_BYTES
-            if gathers:
-                work += copies * vector
-            elif is_.places:
-                work *= AS_IT_LIES * (UNALIGNED if math.prod(problem.spatial) % lanes else 1.0)
+            # The weight arrives while the first of a block's tiles along the other factor is at work.
+            first = tile.vectors / vectors if is_.places else tile.scalars / scalars
+            work += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - work * min(first, 1.0))
+            work += BLOCK + (copies * vector if gathers else 0.0)
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
             parts = min(outputs, PARTS)
             shares = max(min(request.threads, blocks * parts), 1)
@@ -231,11 +233,12 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
 def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
     """Elements from a channel of the strip to the next, and from a place to the next if channels lie side by side.
 
-    A channel ends with a vector to spare, and begins in another line of the cache than the one before.
+    Both are an odd number of cache lines, so that neighbours do not meet in the same places of a cache; a channel ends
+    with a vector to spare.
     """
     line = ALIGNMENT // is_.size
-    by_row = _padded(len(strip.rows) * strip.length + lanes, line)
-    return by_row + line * (by_row // line % 2 == 0), _padded(is_.channels, lanes)
+    by_row, by_pixel = _padded(len(strip.rows) * strip.length + lanes, line), _padded(is_.channels, line)
+    return by_row | line, by_pixel | line
 
 
 def _is_plain(sides: Sides) -> bool:
@@ -311,6 +314,8 @@ class Packing(NamedTuple):
     v_count: int
     u_stride: int
     far: int
+    r_u: int
+    r_v: int
     vectors: int
     bytes: int
 
@@ -325,12 +330,13 @@ def _packing(request: Request, way: Layout, channels_inside: bool) -> Packing | 
         vectors = _padded(-(-problem.group_out // way.lanes), way.tile.vectors)
         rows = vectors * way.lanes
     size = problem.groups * rows * is_.channels * problem.taps * is_.size
-    near = "near" if is_.pairs else None
-    if channels_inside and problem.taps > 1:
-        return Packing(near, problem.taps, is_.channels, problem.group_in, 0, vectors, size)
-    if is_.pairs and problem.taps > 1:
-        return Packing("far", is_.channels, problem.taps, 2 * problem.taps, problem.taps, vectors, size)
-    return Packing(near, 1, is_.channels * problem.taps, 0, 0, vectors, size)
+    near, taps, channels = "near" if is_.pairs else None, problem.taps, is_.channels
+    if is_.places:
+        return Packing("far", channels, taps, 2 * taps, taps, taps, 1, vectors, size)
+    if channels_inside or taps == 1:
+        return Packing(near, taps, channels, problem.group_in, 0, channels, 1, vectors, size)
+    step = 2 if is_.pairs else 1
+    return Packing("far" if is_.pairs else None, channels, taps, step * taps, taps, 1, channels, vectors, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,12 +399,9 @@ def prepare(
     elif is_.places:
         w_taps = list(range(problem.taps))
         factors = {"b_scalar": terms, "b_channel": problem.taps}
-    elif channels_inside and problem.taps > 1:
+    else:
         w_taps = [tap * is_.channels * columns for tap in range(problem.taps)]
         factors = {"a_channel": columns}
-    else:
-        w_taps = [tap * columns for tap in range(problem.taps)]
-        factors = {"a_channel": problem.taps * columns}
     if is_.places:
         factors |= {"a_channel": channel, "a_tile": columns, "b_group": problem.group_out * factors["b_scalar"]}
         taps = list(zip(strip_taps, w_taps, strict=True))
@@ -459,6 +462,8 @@ def prepare(
             "w_output": w_strides[0],
             "w_u": packing.u_stride,
             "w_far": packing.far,
+            "r_u": packing.r_u,
+            "r_v": packing.r_v,
             "width": columns,
         }
         pack_tasks = problem.groups * packing.vectors
@@ -546,7 +551,7 @@ def cost(request: Request) -> Cost:
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     work = way.cycles / way.shares
     if packing:
-        work += packing.bytes / kind(request).size * PACK / max(request.threads, 1)
+        work += 2 * packing.bytes / (FAR_BYTES if packing.bytes > FAR_WEIGHT else NEAR_BYTES) / max(request.threads, 1)
     seconds = max(work / CYCLES_PER_SECOND, moved / BYTES_PER_SECOND) + LAUNCH_S
     return Cost(problem.multiplies, moved, workspace_bytes(request), seconds + THREADS_S * (way.shares > 1))
 
