@@ -7,6 +7,7 @@ The records come from
     plainconv compare --out out                                 -> results/compare.json (out/records.json)
     plainconv train --dataset mnist --seed S --out ...          -> results/mnist-seed-S.json
     python benchmarks/shift_against_seed.py --json ...          -> results/shift_against_seed.json
+    python benchmarks/tables.py                                 -> results/bench/forward-TYPE-SUITE.json
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from plainconv import picture, plots
+from plainconv import bench, picture, plots
 from plainconv.picture.io import to_image
 from plainconv.timing import duration
 
@@ -88,6 +89,24 @@ def seed(record: dict[str, Any]) -> str:
     return table(["layer", "forward", "gradient for the input", "gradient for the weight"], rows)
 
 
+def suites() -> str:
+    """Every suite that was measured: geometric mean of the layers' ratios, and the worst."""
+    found: dict[str, dict[str, bench.Summary]] = {}
+    for path in sorted((RESULTS / "bench").glob("forward-*.json")):
+        record = json.loads(path.read_text())
+        for total in bench.summary(bench.rows_of(record)):
+            found.setdefault(total.suite, {})[record["dtype"]] = total
+    dtypes = ("float32", "float64", "bfloat16")
+
+    def cell(total: bench.Summary | None) -> str:
+        if total is None or total.geomean is None:
+            return ""
+        return f"{total.geomean:.2f}x ({total.worst:.2f}x)" + (", with wrong layers" if total.red else "")
+
+    rows = [[suite, *(cell(found[suite].get(dtype)) for dtype in dtypes)] for suite in bench.load() if suite in found]
+    return table(["torch's time over ours: mean (worst layer)", *dtypes], rows)
+
+
 def machine(record: dict[str, Any]) -> str:
     """The machine in a sentence."""
     told = record["machine"]
@@ -107,6 +126,7 @@ def parts() -> dict[str, str]:
         "filters": filters(compared),
         "training": training(compared, mnist),
         "seed": seed(against_seed),
+        "suites": suites(),
     }
 
 

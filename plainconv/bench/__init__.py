@@ -2,7 +2,7 @@
 
 from plainconv.bench.against import others
 from plainconv.bench.peaks import Peaks, measured
-from plainconv.bench.records import as_json, as_records, drawn, heading, rows_of, summary, table
+from plainconv.bench.records import Summary, as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
 
@@ -11,6 +11,7 @@ __all__ = [
     "Peaks",
     "Row",
     "Setting",
+    "Summary",
     "alone",
     "as_json",
     "as_records",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +109,4 @@ def test_it_writes_and_checks(tmp_path):
 
 
 def test_the_tables_are_what_the_records_say():
-    if not list((ROOT / "results" / "bench").glob("*.json")):
-        pytest.skip("no suite has been measured")
     assert subprocess.run([sys.executable, SCRIPT, "--check"], check=False).returncode == 0, "run make bench"
-    for path in (ROOT / "results" / "bench").glob("*.json"):
-        assert bench.rows_of(json.loads(path.read_text()))
