@@ -126,7 +126,8 @@ def _call(convolve: Callable[[Tensor, Tensor], Tensor], direction: str, given: T
     if direction == "forward":
         return lambda: (convolve(x, w),)
     # Leaves of their own: the tensors that both sides share must not begin to require gradients.
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    x = x.detach().requires_grad_(direction != "grad_weight")
+    w = w.detach().requires_grad_(direction != "grad_input")
     if direction == "train":
 
         def train() -> tuple[Tensor, ...]:

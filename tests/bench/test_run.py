@@ -193,15 +193,18 @@ def test_records_read_back(rows):
 
 
 def test_a_suite_in_a_line(rows):
-    some = [with_ratio(rows[0], name, ratio) for name, ratio in (("a", 4.0), ("b", 0.5), ("c", 0.25), ("d", 2.0))]
+    some = [
+        with_ratio(rows[0], name, ratio)
+        for name, ratio in (("a", 4.0), ("b", 0.5), ("c", 0.25), ("d", 1.5), ("e", 4 / 3))
+    ]
     (total,) = bench.summary(some)
-    assert (total.suite, total.layers, total.worst, total.worst_layer) == ("tiny", 4, 0.25, "c")
+    assert (total.suite, total.layers, total.worst, total.worst_layer) == ("tiny", 5, 0.25, "c")
     assert total.geomean == pytest.approx(1.0)
     assert [row.layer.name for row in total.losses] == ["c", "b"]
     assert total.share == pytest.approx(0.5)
     assert total.most == pytest.approx(2.0)
     assert total.regret is None
-    assert sentence(total).startswith("tiny: geomean 1.00, worst 0.25 (c), 2 of 4 layers lost")
+    assert sentence(total).startswith("tiny: geomean 1.00, worst 0.25 (c), 2 of 5 layers lost")
     assert [total.suite for total in bench.summary(rows)] == ["tiny", "line"]
 
 
