@@ -1,0 +1,210 @@
+"""depthwise in channels_last: right for every type and vector width; nothing outside is touched; no spilled sums."""
+
+import re
+
+import pytest
+import torch
+from checks import CASES, check, compare, given, integers, reals, request, result_of
+from guarded import guarded
+
+from plainconv.cpu import channels as kernels
+from plainconv.cpu import compile as cpu
+from plainconv.menu import channels
+from plainconv.menu.base import Algorithm, summation_error
+from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
+
+BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+every_width = pytest.mark.parametrize("bits", BITS)
+OTHERS = [torch.float64, torch.bfloat16, torch.float16]
+
+ALGORITHM = Algorithm(
+    "depthwise",
+    channels.why_not,
+    channels.cost,
+    lambda asked: summation_error(asked.problem.terms(asked.direction)),
+    channels.run,
+    fuses=True,
+)
+
+# Where the kernel takes another way: blocks and tails of channels, tiles inside, at the edges and at the end of a row.
+WAYS = {
+    "whole blocks": "n2 c64 o64 x5x9 k3x3 p1 g64",
+    "a whole block and a vector": "n1 c48 o48 x4x23 k3x3 p1 g48",
+    "a whole block and a tail": "n1 c37 o37 x4x30 k3x3 g37",
+    "a few channels": "n1 c3 o3 x9x33 k3x3 p1 g3",
+    "one channel": "n1 c1 o1 x7x16 k3x3 p1 g1",
+    "more rows than a task has": "n1 c17 o17 x37x8 k3x3 p1 g17",
+    "stride 2": "n1 c20 o20 x9x31 k3x5 s2 p1x2 g20",
+    "stride 3, dilation": "n1 c20 o20 x19x40 k3x3 s3 d1x2 p1x2 g20",
+    "stride over kernel": "n1 c20 o20 x20x40 k2x2 s5 g20",
+    "kernel over its group of taps": "n1 c18 o18 x3x90 k2x31 p1x15 g18",
+    "reflect": "n1 c18 o18 x6x30 k3x5 p2x4 mreflect g18",
+    "replicate, stride": "n1 c18 o18 x6x13 k3x5 s1x2 p2x40 mreplicate g18",
+    "circular": "n2 c18 o18 x6x13 k3x5 p2x9 mcircular g18",
+    "cropped": "n1 c18 o18 x9x40 k3x3 p-2:1x-3:-4 g18",
+    "all border": "n1 c18 o18 x2x2 k3x3 p6 g18",
+    "one column": "n1 c18 o18 x9x1 k3x1 p1x0 g18",
+    "two columns": "n1 c18 o18 x9x2 k3x3 p1 g18",
+    "three columns": "n1 c18 o18 x9x3 k3x3 p1 g18",
+    "3-D": "n1 c40 o40 x4x7x15 k3x3x3 s2x1x1 p1 g40",
+    "3-D, replicate": "n2 c18 o18 x4x3x8 k3x2x3 p1x1x2 mreplicate g18",
+    "3-D, depth only": "n1 c24 o24 x6x7x8 k5x1x1 p2x0x0 g24",
+}
+ALL = WAYS | {name: text for name, text in CASES.items() if name == "depthwise"}
+
+
+def asked_for(text, dtype=torch.float32, **more):
+    asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, channels_last=True, **more)
+    assert channels.why_not(asked) is None
+    return asked
+
+
+def last(tensor):
+    """Channels side by side."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def channels_first(tensor):
+    return tensor if tensor.dim() < 3 else tensor.contiguous()
+
+
+def apart(tensor):
+    """Every stride but the channels' is larger than it need be."""
+    if tensor.shape[1] == 1:
+        return tensor
+    room = tensor.new_full([size + 1 for size in tensor.shape], torch.nan)
+    view = last(room)[tuple(slice(0, size) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """A function that pretends the processor has vectors of so many bits."""
+
+    def pretend(bits):
+        target = cpu.Target.host(bits)
+        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+        monkeypatch.setattr(channels, "prepare", channels.prepare.__wrapped__)
+        return target
+
+    return pretend
+
+
+EVERY_WAY = [(text, torch.float32) for text in ALL.values()]
+SOME = [WAYS[name] for name in ("a whole block and a tail", "replicate, stride", "3-D")]
+EVERY_WAY += [(text, dtype) for text in SOME for dtype in OTHERS]
+every_way = pytest.mark.parametrize(("text", "dtype"), EVERY_WAY, ids=str)
+
+
+@every_width
+@every_way
+def test_every_way_through_the_kernel(bits, dtype, text, as_if):
+    as_if(bits)
+    check(ALGORITHM, asked_for(text, dtype, has_bias=True, has_residual=True, threads=3), integers, last)
+
+
+@pytest.mark.parametrize("text", [WAYS["a whole block and a tail"], WAYS["3-D"]])
+def test_nothing_but_the_sum(text):
+    check(ALGORITHM, asked_for(text), integers, last)
+
+
+@pytest.mark.parametrize("layout", [channels_first, apart, last])
+def test_any_strides_of_the_input(layout):
+    for text in (WAYS["a whole block and a tail"], WAYS["3-D"]):
+        check(ALGORITHM, asked_for(text), integers, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *OTHERS], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_comes_behind_is_done_in_the_store(dtype, activation):
+    asked = asked_for("n1 c20 o20 x5x2 k2x1 g20", dtype, activation=activation, has_bias=True, has_residual=True)
+    check(ALGORITHM, asked, reals, last)
+
+
+@every_width
+@every_way
+@pytest.mark.parametrize("at_end", [True, False])
+def test_nothing_outside_is_touched(bits, dtype, at_end, text, as_if, monkeypatch):
+    """Every tensor, every table and the workspace right before or right behind memory that faults."""
+    as_if(bits)
+    tables = channels._tables
+    monkeypatch.setattr(
+        channels, "_tables", lambda *how: tuple(guarded(table, at_end=at_end) for table in tables(*how))
+    )
+
+    def enclosed(tensor):
+        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
+
+    asked = asked_for(text, dtype, has_bias=True, has_residual=True)
+    tensors = given(asked, reals)
+    tensors = tensors._replace(
+        first=enclosed(tensors.first),
+        second=guarded(tensors.second, at_end=at_end),
+        bias=guarded(tensors.bias, at_end=at_end),
+        residual=enclosed(tensors.residual),
+    )
+    out = enclosed(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype))
+    workspace = guarded(torch.full((channels.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
+    channels.run(asked, tensors, out, workspace)
+    compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
+
+
+@pytest.mark.parametrize("text", ["n{n} c40 o40 x{h}x{w} k3x3 p1 g40", "n{n} c24 o24 x{h}x{w} k5x3 s2 p{n} g24"])
+def test_a_new_size_compiles_nothing(text):
+    """Batch, height, width and the width of the border are arguments; only very narrow pictures have their own."""
+    texts = set()
+    for n, h, w in [(1, 20, 50), (2, 21, 400), (3, 77, 101), (4, 100, 64)]:
+        shape = channels.shape_of(asked_for(text.format(n=n, h=h, w=w)), cpu.Target.host())
+        texts.add((kernels.text(shape), kernels.pack_text(shape)))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 128])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n1 c64 o64 x56x56 k3x3 p1 g64",
+        "n1 c64 o64 x56x56 k3x3 s2 p1 g64",
+        "n1 c64 o64 x56x56 k5x5 p2 g64",
+        "n1 c64 o64 x56x56 k7x7 p3 g64",
+        "n1 c64 o64 x8x56x56 k3x3x3 p1 g64",
+    ],
+)
+def test_the_sums_stay_in_registers(text, bits):
+    target = cpu.Target.host(bits)
+    shape = channels.shape_of(asked_for(text), target)
+    code = cpu.assembly(kernels.text(shape), target)
+    products = shape.pixels * shape.vectors * shape.taps
+    tiles = [block for block in re.split(r"\n(?=\.LBB)", code) if block.count("vfmadd") == products]
+    assert len(tiles) == 2, "inside and at the edges"
+    spilled = re.findall(r"mov\w+\s+%[xyz]mm\d+, .*\(%r[sb]p.*", tiles[0])
+    assert not spilled, "a vector is written to the stack"
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_padding_is_a_zero_that_is_multiplied(padding):
+    """An infinite weight over the padding gives NaN, also where rows of the border are otherwise left out."""
+    mode = "" if padding == "zeros" else f" m{padding}"
+    asked = asked_for(f"n1 c20 o20 x5x6 k3x3 p1{mode} g20")
+    x, w = torch.ones(asked.problem.input_shape), torch.ones(asked.problem.weight_shape)
+    w[17, 0, 0, 2] = torch.inf
+    found = result_of(ALGORITHM, asked, last(x), w)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), "constant" if padding == "zeros" else padding)
+    expected = torch.nn.functional.conv2d(padded, w, groups=20)
+    assert expected.isnan().any() == (padding == "zeros")
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+def test_what_is_refused_is_said():
+    small = ConvProblem.parse("n1 c2 o2 x8x8 k3x3 g2")
+    for problem, direction, more, words in [
+        (small, Direction.GRAD_INPUT, {}, "not written yet"),
+        (small, Direction.FORWARD, {"device": "cuda"}, "another device"),
+        (ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2"), Direction.FORWARD, {}, "one output channel a group"),
+    ]:
+        assert words in channels.why_not(request(problem, direction, torch.float32, channels_last=True, **more))
+    whole = request(small, Direction.FORWARD, torch.int32, channels_last=True)
+    assert "int32" in channels.why_not(whole)
