@@ -29,7 +29,7 @@ from functools import lru_cache
 from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
 
-PICKED_STRIDE = 2  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
+PICKED_STRIDE = 4  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
 AT_ONCE = 4  # channels (or vectors of them) that are copied side by side
 
 POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "slots", "taps", "depth_table", "row_table", "col_table")
@@ -224,16 +224,23 @@ class _Dense:
         # What an entry says is read once for some channels.
         most = AT_ONCE if shape.source == "rows" else 1
 
-        def copies(count_at_once: int, first: Value) -> list[Value]:
+        def copies(count_at_once: int, first: Value, alone: bool = False) -> list[Value]:
+            """Some channels (or pairs) from the first on; the last of an odd number is alone in its pair."""
             to = e.at(scratch, first * of["pitch"])
             begin = e.at(x, first * shape.steps * of["x_channel"], shape.stored)
-            each = [e.at(begin, of["x_channel"] * i, shape.stored) for i in range(count_at_once * shape.steps)]
+            each = [
+                e.at(begin, of["x_channel"] * i, shape.stored)
+                for i in range(1 if alone else count_at_once * shape.steps)
+            ]
             e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), each, to))
             return []
 
-        e.loop(self.channels // most, [], lambda i, _: copies(most, i * most))
+        full = of["group_in"] // shape.steps
+        e.loop(full // most, [], lambda i, _: copies(most, i * most))
         if most > 1:
-            e.loop(self.channels % most, [], lambda i, _: copies(1, self.channels // most * most + i))
+            e.loop(full % most, [], lambda i, _: copies(1, full // most * most + i))
+        if shape.pairs:
+            e.loop(of["group_in"] % 2, [], lambda *_: copies(1, full, alone=True))
 
     def copy_row(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
         e, shape = self.e, self.shape
@@ -243,8 +250,8 @@ class _Dense:
         for x in channels:
             parts = [e.load(x, start + p * shape.lanes, mask, shape.stored) for p, mask in enumerate(masks)]
             rows.append(e.every(shape.stride, 0, parts))
-        for i in range(len(rows) // shape.steps):
-            e.store(self.together(rows[i * shape.steps : (i + 1) * shape.steps]), to, self.given["pitch"] * i + at)
+        for i, first in enumerate(range(0, len(rows), shape.steps)):
+            e.store(self.together(rows[first : first + shape.steps]), to, self.given["pitch"] * i + at)
         return []
 
     def copy_table(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
@@ -288,7 +295,9 @@ class _Dense:
 
     def together(self, rows: Sequence[Value]) -> Value:
         """What the strip holds of these channels."""
-        return self.e.pairs_of(rows[0], rows[1]) if self.shape.pairs else rows[0]
+        if not self.shape.pairs:
+            return rows[0]
+        return self.e.pairs_of(rows[0], rows[1] if len(rows) > 1 else self.e.zero)
 
     # -- the product -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ SIZES = (
     "w_output",
     "w_u",
     "w_far",  # from a number to the other of its pair
+    "alone",  # the u whose numbers have no other
     "r_u",  # r = r_u * u + r_v * v
     "r_v",
     "width",  # lanes of a tile
@@ -74,7 +75,8 @@ def text(shape: Shape) -> str:
                 loaded = []
                 for r in range(rows):
                     here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
-                    loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here)))
+                    other = e.tail(e.select(e.compare("eq", u, of["alone"]), e.number(0), here))
+                    loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here), other))
                 if shape.transposed:
                     # Columns that do not exist are written over the last one, which is then written itself.
                     for column, value in reversed(list(enumerate(e.transpose(loaded)))):
@@ -90,13 +92,13 @@ def text(shape: Shape) -> str:
         e.loop(of["u_count"], [], each_u)
         return []
 
-    def read(w: Value, start: Value, first: Value, mask: Value) -> Value:
+    def read(w: Value, start: Value, first: Value, mask: Value, other: Value) -> Value:
         if shape.pairs == "near":
             return e.load_pairs(w, start + first * 2, mask)
         value = e.load(w, start + first, mask, shape.stored)
         if shape.pairs is None:
             return value
-        return e.pairs_of(value, e.load(w, start + first + of["w_far"], mask, shape.stored))
+        return e.pairs_of(value, e.load(w, start + first + of["w_far"], other, shape.stored))
 
     e.loop(e.end - e.begin, [], task)
     return e.module()

@@ -43,6 +43,7 @@ WAYS = {
     "pointwise, many": "n1 c16 o20 x40x40 k1x1",
     "pointwise, stride": "n2 c8 o24 x9x13 k1x1 s2",
     "pointwise, padded": "n1 c8 o24 x9x13 k1x1 p1",
+    "pointwise, odd": "n2 c7 o9 x9x13 k1x1",
     "pointwise, groups": "n2 c12 o36 x9x9 k1x1 g3",
 }
 ALL = CASES | WAYS
