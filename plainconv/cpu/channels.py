@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from plainconv.cpu.emit import SCALARS, Emit, Value
+from plainconv.cpu.emit import Emit, Value
 from plainconv.cpu.epilogue import finish
 
 POINTERS = ("x", "w", "bad", "bias", "residual", "y", "depth_table", "row_table", "width_table", "zeros")
@@ -61,9 +61,7 @@ SIZES = (
 )
 PACK_POINTERS = ("w", "packed", "bad")
 PACK_SIZES = ("channels", "whole")
-ROWS = 16  # of a task, at most
-LINE = 64  # bytes of a line of the cache
-FETCHED = 7  # pixels of a row, at most, that are asked for ahead
+ROWS = 4  # of a task, at most: rows share what they read, but tall tasks read memory in too many places
 UNROLLED = 32  # taps of a weight, packed in a row
 
 
@@ -215,8 +213,7 @@ class _Channels(_Blocks):
         e, self.steps = self.e, shape.kernel[0] * shape.kernel[1]
         self.starts = e.stack("ptr", ROWS * self.steps)  # for each row of the output, where input rows begin,
         self.pixels = e.stack("i64", ROWS * self.steps)  # how far apart their pixels are,
-        self.weights = e.stack("i64", ROWS * self.steps)  # where the weights are that they are multiplied by,
-        self.new = e.stack("i64", ROWS * self.steps)  # whether no row above has read it;
+        self.weights = e.stack("i64", ROWS * self.steps)  # where the weights are that they are multiplied by;
         self.counts = e.stack("i64", ROWS)  # and how many there are
 
     def kernel(self) -> str:
@@ -283,32 +280,29 @@ class _Channels(_Blocks):
         (bad,) = e.loop(blocks, [e.number(0)], add)
         kept = e.select(bad > 0, e.number(1), e.number(0))  # for a row of the border
 
-        def each_row(r: Value, state: list[Value]) -> Sequence[Value]:
-            (lowest,) = state
-
+        def each_row(r: Value, _: list[Value]) -> Sequence[Value]:
             def each_depth(kd: Value, state: list[Value]) -> Sequence[Value]:
                 by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
                 plane = e.at(x, by_depth * of["x_depth"], shape.stored)
                 least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
 
                 def each_tap(kh: Value, state: list[Value]) -> Sequence[Value]:
-                    count, seen = state
+                    (count,) = state
                     by_row = e.scalar(of["row_table"], (first + r) * high + kh, "i64")
                     real, slot = by_row >= least, r * self.steps + count
                     start = e.select(real, e.at(plane, by_row * of["x_row"], shape.stored), of["zeros"])
                     e.put(start, self.starts, slot)
                     e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
                     e.put((kd * high + kh) * width, self.weights, slot)
-                    e.put(e.select(by_row > lowest, e.number(1), e.number(0)), self.new, slot)
-                    return [count + e.select(real, e.number(1), kept), e.most(seen, by_row)]
+                    return [count + e.select(real, e.number(1), kept)]
 
                 return e.loop(high, state, each_tap)
 
-            count, lowest = e.loop(depth, [e.number(0), lowest], each_depth)
+            (count,) = e.loop(depth, [e.number(0)], each_depth)
             e.put(count, self.counts, r)
-            return [lowest]
+            return []
 
-        e.loop(rows, [e.number(-1)], each_row)
+        e.loop(rows, [], each_row)
 
     def tile(self, block: _Block, rows: Value, to: Value, first: Value, pixels: int, inside: bool) -> None:
         """Pixels first, first + 1, ... of all rows of the task, in the channels of one block."""
@@ -327,9 +321,6 @@ class _Channels(_Blocks):
                 start = e.at(e.scalar(self.starts, slot, "ptr"), block.first, shape.stored)
                 pixel = e.scalar(self.pixels, slot, "i64")
                 weights = e.at(packed, e.scalar(self.weights, slot, "i64") * across)
-                ahead = e.at(start, across + (place - of["lo"]) * pixel, shape.stored)
-                new = e.scalar(self.new, slot, "i64")
-                e.when(new > 0, lambda: self.prefetch(block, ahead, pixel, pixels))
 
                 def some(group: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
                     w = e.at(weights, group * (taps * across))
@@ -350,14 +341,6 @@ class _Channels(_Blocks):
             return []
 
         e.loop(rows, [], each_row)
-
-    def prefetch(self, block: _Block, start: Value, pixel: Value, pixels: int) -> None:
-        """Ask for what a tile reads of a row: processors do not guess where the next pixel lies."""
-        e, shape = self.e, self.shape
-        span = (pixels - 1) * shape.stride + (shape.kernel[2] - 1) * shape.dilation + 1
-        for p in range(min(span, FETCHED)):
-            for part in range(0, block.vectors * shape.lanes, LINE // SCALARS[shape.stored]):
-                e.prefetch(e.at(start, pixel * p + part, shape.stored))
 
     def taps(
         self,

@@ -313,10 +313,6 @@ class Emit:
         suffix = f"v{self.lanes}{SUFFIX[_carrier(stored)]}.p0"
         self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for the line of the cache at an address, which need not be one that can be read."""
-        self._call("llvm.prefetch.p0", "void", address, *(Value(self, str(n), "i32") for n in (0, 3, 1)))
-
     def gather(self, pointer: Value, places: Value, mask: Value | None, type_: str | None = None) -> Value:
         """Lane i is element places[i]; lanes outside the mask are zero and are not read.
 

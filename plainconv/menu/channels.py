@@ -144,12 +144,14 @@ def _packed_bytes(problem: ConvProblem, shape: channels.Shape) -> int:
     return (whole * shape.vectors + rest) * shape.lanes * shape.all_taps * size
 
 
-def _tasks(request: Request, blocks: int, planes: int, rows: int) -> tuple[int, int]:
+def _tasks(request: Request, blocks: int) -> tuple[int, int]:
     """How many groups the blocks of channels are dealt to, and how many parts the rows."""
-    parts = -(-rows // channels.ROWS)
+    depth, high, _ = folded(request.problem, False)
+    parts = -(-high.out // channels.ROWS)
+    planes = request.problem.batch * depth.out
     wanted = TASKS * request.threads if request.threads > 1 else 1
     groups = min(-(-wanted // (planes * parts)), blocks)
-    return groups, max(parts, min(-(-wanted // (planes * groups)), rows))
+    return groups, max(parts, min(-(-wanted // (planes * groups)), high.out))
 
 
 @lru_cache(1024)
@@ -160,7 +162,7 @@ def prepare(request: Request) -> Prepared:
     shape = shape_of(request, target)
     whole, rest = _blocks(problem, shape)
     planes = problem.batch * depth.out
-    groups, parts = _tasks(request, whole + rest, planes, high.out)
+    groups, parts = _tasks(request, whole + rest)
     counts = (problem.in_channels, whole, whole + rest, groups, parts, depth.out, high.out, width.out)
     weights = problem.in_channels * shape.all_taps
     return Prepared(
