@@ -19,22 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from marshal import dumps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from plainconv import ops
+from plainconv import ops, settings
 from plainconv.arguments import Spec, Spelled, settle
-from plainconv.plan import Explanation, check_algorithm, explain_request
+from plainconv.plan import Explanation, check_algorithm, explain_request, on_forget
 from plainconv.problem import Direction, Geometry
 from plainconv.settings import AUTO, resolve
 
 
 @lru_cache(4096)
-def _settle_once(call: Spelled, kinds: Any) -> tuple[tuple[int, ...], Geometry]:
-    """`kinds` keeps apart what Python calls equal: 1, 1.0 and True."""
+def _settle_once(call: Spelled, written: bytes) -> tuple[tuple[int, ...], Geometry]:
+    """`written`, the arguments as bytes, keeps apart what Python calls equal: 1, 1.0 and True."""
     return settle(call)
 
 
@@ -57,7 +58,7 @@ def conv1d(
     input: [n, c, length], or [c, length] without a batch.  weight: [o, c/groups, k].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
     return _call(conv1d, 1, input, weight, bias, options)
 
 
@@ -86,7 +87,7 @@ def conv2d(
     Raises RuntimeError, in torch's words, if shapes or types do not fit; ValueError for an unknown padding_mode or
     algorithm; AlgorithmRefused if the algorithm named cannot serve the call.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
     return _call(conv2d, 2, input, weight, bias, options)
 
 
@@ -109,7 +110,7 @@ def conv3d(
     input: [n, c, d, h, w], or [c, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = _Options(stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
     return _call(conv3d, 3, input, weight, bias, options)
 
 
@@ -133,9 +134,7 @@ def conv_transpose1d(
     input: [n, o, length], or [o, length] without a batch.  weight: [o, c/groups, k].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = _Options(
-        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
-    )
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
     return _call(conv_transpose1d, 1, input, weight, bias, options)
 
 
@@ -166,9 +165,7 @@ def conv_transpose2d(
     channels_last if the input or the weight is.
     Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
     """
-    options = _Options(
-        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
-    )
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
     return _call(conv_transpose2d, 2, input, weight, bias, options)
 
 
@@ -192,9 +189,7 @@ def conv_transpose3d(
     input: [n, o, d, h, w], or [o, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = _Options(
-        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
-    )
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
     return _call(conv_transpose3d, 3, input, weight, bias, options)
 
 
@@ -255,18 +250,68 @@ class _Options(NamedTuple):
 
 
 def _call(
-    function: Callable[..., Tensor], dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+    function: Callable[..., Tensor],
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
 ) -> Tensor:
+    """All six functions; `options` are those of _Options."""
     if has_torch_function((input, weight, bias)):
-        spelled = options._asdict()
+        spelled = _Options(*options)._asdict()
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
+    if not torch.compiler.is_compiling() and ops.is_plain(input, weight, bias):
+        key = _key(function, input, weight, bias, options)
+        call = _READY.get(key)
+        if call is None:
+            first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
+            call = _ready(ops.ready(first, weight, bias, make), batched)
+            if key is not None:
+                ops.remember(_READY, key, call)
+        return call(input, weight, bias)
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
-    first, make, batched = _settled(function.__name__, dims, input, weight, bias, options)
-    result = ops.convolve(first, weight, bias, make)
+    first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
+    result = ops.watched(first, weight, bias, make)
     return result if batched else result.squeeze(0)
+
+
+_READY: dict[Any, ops.Ready] = {}  # calls of the same arguments, for tensors that lie alike
+on_forget(_READY.clear)
+
+
+def _key(
+    function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+) -> Any:
+    """All that a plain call depends on but the values in its tensors; None if that cannot be said."""
+    try:
+        written = dumps(options, 2)
+    except ValueError:  # something else than numbers, text, lists and tuples
+        return None
+    return (
+        function,
+        input.shape,
+        weight.shape,
+        input.stride(),
+        weight.stride(),
+        input.dtype,
+        weight.dtype,
+        input.get_device(),
+        weight.get_device(),
+        bias if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
+        written,
+        settings.current,
+        torch.get_num_threads(),
+    )
+
+
+def _ready(ready: ops.Ready, batched: bool) -> ops.Ready:
+    if batched:
+        return ready
+    return lambda input, weight, bias: ready(input.unsqueeze(0), weight, bias).squeeze(0)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -306,20 +351,16 @@ def _settled(
     if torch.compiler.is_compiling():
         shape, geometry = settle(call)
     else:
+        spelled: Any = call[5:10]  # stride to groups
         try:
-            shape, geometry = _settle_once(call, _kinds(call[5:10]))  # stride to groups
-        except TypeError:  # a list or a SymInt, which cannot be remembered; or a TypeError, which is raised again
+            shape, geometry = _settle_once(call, dumps(spelled, 2))
+        except (TypeError, ValueError):  # what cannot be remembered, a list or a SymInt; or an error, raised again
             shape, geometry = settle(call)
     check_algorithm(options.algorithm)
     direction = Direction.GRAD_INPUT if call.transposed else Direction.FORWARD
     channels_last = ops.is_channels_last(input) or ops.is_channels_last(weight)
-    settings = resolve(options.algorithm, options.max_workspace, options.allow_builtin)
-    return input, ops.Make(direction, shape, geometry, channels_last, settings), rank == dims + 2
-
-
-def _kinds(value: Any) -> Any:
-    """The types of numbers, those in tuples and in pairs too."""
-    return tuple(map(_kinds, value)) if type(value) is tuple else type(value)
+    chosen = resolve(options.algorithm, options.max_workspace, options.allow_builtin)
+    return input, ops.Make(direction, shape, geometry, channels_last, chosen), rank == dims + 2
 
 
 def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -45,10 +45,10 @@ class Record(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What is measured: the seconds it is expected to take, and the call that fills a result from tensors."""
+    """What is measured: the seconds it is expected to take, and what makes the call that fills a result."""
 
     estimate_s: float
-    call: Callable[[Tensors, Tensor], None]
+    bind: Callable[[Tensors], Callable[[Tensors, Tensor], None]]
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ def measure(request: Request, candidates: Mapping[str, Candidate]) -> dict[str, 
         tensors, out = _tensors(request)
 
         def bound(name: str) -> Callable[[], None]:
-            return lambda: candidates[name].call(tensors, out)
+            call = candidates[name].bind(tensors)
+            return lambda: call(tensors, out)
 
         found: dict[str, Timing | None] = {}
         best = float("inf")

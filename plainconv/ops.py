@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.menu.base import Tensors
-from plainconv.plan import Plan, on_forget, plan
+from plainconv.plan import on_forget, plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.settings import Settings
 
@@ -76,10 +75,15 @@ def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
 
     `bias` [channels of the result] is added to it (None in GRAD_WEIGHT).
     """
+    if not torch.compiler.is_compiling() and is_plain(first, second, bias):
+        return _compute(first, second, bias, make)
+    return watched(first, second, bias, make)
+
+
+def watched(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
+    """The same for a call that is not plain."""
     if torch.compiler.is_compiling():
         return _operate(first, second, bias, make)
-    if _is_plain(first, second, bias):
-        return _compute(first, second, bias, make)
     return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call]
 
 
@@ -104,64 +108,99 @@ def is_channels_last(tensor: Tensor) -> bool:
 # -- the plain way ---------------------------------------------------------------------------------------------------
 
 
-def _is_plain(first: Tensor, second: Tensor, bias: Tensor | None) -> bool:
+def _plain_keys(device: str) -> Iterator[int]:
+    """What torch dispatches a tensor by, if it is dense memory and nothing else: made in inference mode, or not."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    inference = keys(getattr(key, device.upper())) | keys(getattr(key, f"Autocast{device.upper()}"))
+    yield inference.raw_repr()
+    yield (inference | keys(key.ADInplaceOrView) | keys(getattr(key, f"Autograd{device.upper()}"))).raw_repr()
+
+
+# A conjugate or negative bit, another layout, a batch of vmap, a meta tensor: each adds a key or has other ones.
+_PLAIN_KEYS = {keys: device for device in ("cpu", "cuda") for keys in _plain_keys(device)}
+_keys_of = torch._C._dispatch_keys
+
+
+def is_plain(first: Tensor, second: Tensor, bias: Tensor | None) -> bool:
     """Whether nothing watches this call, so that it may run at once: no subclass, no unusual storage, no gradient,
     no forward-mode level, no functorch transform, no mode, no tracing, no autocast."""
-    tensors = (first, second) if bias is None else (first, second, bias)
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_conj() or tensor.is_neg() or tensor.layout is not torch.strided:
-            return False
-        if tensor.is_meta or torch._C._functorch.is_legacy_batchedtensor(tensor):  # the latter: is_grads_batched=True
-            return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if type(first) not in _PLAIN or type(second) not in _PLAIN:
+        return False
+    device = _PLAIN_KEYS.get(_keys_of(first).raw_repr())
+    if device is None or _PLAIN_KEYS.get(_keys_of(second).raw_repr()) != device:
+        return False
+    if bias is not None and (type(bias) not in _PLAIN or _PLAIN_KEYS.get(_keys_of(bias).raw_repr()) != device):
+        return False
+    if torch.is_grad_enabled() and (
+        first.requires_grad or second.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return False
     return not (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled(first.device.type)
+        or torch.is_autocast_enabled(device)
     )
 
 
 def _compute(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
     """The kernel: sizes become a problem, the problem a plan, and the plan fills the result."""
-    threads = torch.get_num_threads()
-    chosen = _plan(make, first.shape, second.shape, first.dtype, first.device.type, bias is not None, threads)
-    out = _empty(first, make)
-    if out.numel() == 0:
+    lies = None if bias is None else bias.stride()
+    sizes = (make, first.shape, first.stride(), second.shape, second.stride(), lies)
+    key = (*sizes, first.dtype, first.device, torch.get_num_threads())
+    call = _READY.get(key)
+    if call is None:
+        call = ready(first, second, bias, make)
+        remember(_READY, key, call)
+    return call(first, second, bias)
+
+
+Ready = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Ready:
+    """The plain call for tensors of these sizes, strides and types, with all that depends on them looked up."""
+    asked = request(make, first, second, bias, make.direction)
+    chosen = plan(asked, make.settings.algorithm)
+    empty = _empty(first, make)
+    shape, strides, dtype, device = empty.shape, empty.stride(), first.dtype, first.device
+    how = (tuple(shape), strides)
+    if 0 in shape:
+        return lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device)
+    if 0 in first.shape or 0 in second.shape:
+        return lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias)
+    regular = 0 not in first.stride() and 0 not in second.stride()
+    run = chosen.bind(Tensors(_regular(first), _regular(second), bias))
+
+    def call(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.empty_strided(*how, dtype=dtype, device=device)
+        run(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
         return out
-    if first.numel() == 0 or second.numel() == 0:
-        return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * (out.dim() - 2)).expand_as(out))
-    chosen(Tensors(_regular(first), _regular(second), bias), out)
-    return out
+
+    return call
+
+
+MOST_READY = 1024  # calls that are remembered, here and at the door
+_READY: dict[Any, Ready] = {}
+on_forget(_READY.clear)
+
+
+def remember(memory: dict[Any, Ready], key: Any, call: Ready) -> None:
+    """Keep a call for the next of its kind; a full memory starts anew."""
+    if len(memory) >= MOST_READY:
+        memory.clear()
+    memory[key] = call
+
+
+def _of_nothing(out: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum of no products, and the bias."""
+    return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * (out.dim() - 2)).expand_as(out))
 
 
 def _empty(like: Tensor, make: Make) -> Tensor:
     memory_format = _FORMATS[len(make.shape)] if make.channels_last else torch.contiguous_format
     return torch.empty(make.shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-@lru_cache(4096)
-def _plan(
-    make: Make, first: torch.Size, second: torch.Size, dtype: torch.dtype, device: str, has_bias: bool, threads: int
-) -> Plan:
-    problem, settings = _problem(make, first, second), make.settings
-    request = Request(
-        problem,
-        make.direction,
-        dtype,
-        device,
-        make.channels_last,
-        has_bias,
-        threads,
-        settings.max_workspace,
-        allow_builtin=settings.allow_builtin,
-    )
-    return plan(request, settings.algorithm)
-
-
-on_forget(_plan.cache_clear)
 
 
 def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:

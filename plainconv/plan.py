@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -53,17 +53,28 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Plan:
-    """An algorithm chosen for a request; call it with the tensors and the result to fill."""
+    """An algorithm chosen for a request; call it with the tensors and the result to fill, or bind it once for many."""
 
     request: Request
     algorithm: Algorithm
     cost: Cost
 
     def __call__(self, tensors: Tensors, out: Tensor) -> None:
-        workspace = torch.empty(self.cost.workspace, dtype=torch.uint8, device=out.device)
-        self.algorithm.run(self.request, tensors, out, workspace)
-        if not self.algorithm.fuses:
-            finish(self.request, tensors, out)
+        self.bind(tensors)(tensors, out)
+
+    def bind(self, tensors: Tensors) -> Callable[[Tensors, Tensor], None]:
+        """The call, for tensors that have the strides of these; nothing is looked up in it twice."""
+        request, algorithm, size = self.request, self.algorithm, self.cost.workspace
+        run = algorithm.bind(request, tensors) if algorithm.bind else partial(algorithm.run, request)
+        none = torch.empty(0, dtype=torch.uint8, device=tensors.first.device)
+        unfinished = not algorithm.fuses and (request.has_residual or request.activation is not None)
+
+        def call(tensors: Tensors, out: Tensor) -> None:
+            run(tensors, out, torch.empty(size, dtype=torch.uint8, device=out.device) if size else none)
+            if unfinished:
+                finish(request, tensors, out)
+
+        return call
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ def _tune(request: Request) -> Tuned:
     versions = {verdict.algorithm.name: verdict.algorithm.version for verdict in able}
     if any(name not in records or records[name].version != version for name, version in versions.items()):
         candidates = {
-            verdict.algorithm.name: Candidate(verdict.cost.seconds, Plan(request, verdict.algorithm, verdict.cost))
+            verdict.algorithm.name: Candidate(verdict.cost.seconds, Plan(request, verdict.algorithm, verdict.cost).bind)
             for verdict in able
             if verdict.cost
         }

@@ -22,15 +22,15 @@ class Settings(NamedTuple):
     allow_builtin: bool = False
 
 
-_process = Settings()
+current = Settings()  # those of the process
 
 
 def resolve(algorithm: str, max_workspace: int | None, allow_builtin: bool | None) -> Settings:
     """The settings of a call; None is what the process has. Raises TypeError or ValueError."""
     return Settings(
         algorithm,
-        _process.max_workspace if max_workspace is None else _bytes(max_workspace),
-        _process.allow_builtin if allow_builtin is None else _switch(allow_builtin),
+        current.max_workspace if max_workspace is None else _bytes(max_workspace),
+        current.allow_builtin if allow_builtin is None else _switch(allow_builtin),
     )
 
 
@@ -41,13 +41,13 @@ def set_max_workspace(max_workspace: int) -> None:
     refuse; `algorithm="reference"`, which serves what all others refuse, is not held to it.
     Raises TypeError or ValueError if it is not a whole number of bytes, 0 or more.
     """
-    global _process
-    _process = _process._replace(max_workspace=_bytes(max_workspace))
+    global current
+    current = current._replace(max_workspace=_bytes(max_workspace))
 
 
 def get_max_workspace() -> int:
     """Bytes of scratch memory that a call may use which does not say `max_workspace=`."""
-    return _process.max_workspace
+    return current.max_workspace
 
 
 def set_allow_builtin(allow_builtin: bool) -> None:
@@ -55,13 +55,13 @@ def set_allow_builtin(allow_builtin: bool) -> None:
 
     It holds for all threads of this process, from now on; at first it is False.  Raises TypeError if it is not a bool.
     """
-    global _process
-    _process = _process._replace(allow_builtin=_switch(allow_builtin))
+    global current
+    current = current._replace(allow_builtin=_switch(allow_builtin))
 
 
 def get_allow_builtin() -> bool:
     """Whether torch's own convolution may be chosen in a call that does not say `allow_builtin=`."""
-    return _process.allow_builtin
+    return current.allow_builtin
 
 
 def _bytes(value: int) -> int:

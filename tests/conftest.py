@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from plainconv import measure
+from plainconv import plan as plans
 from plainconv.cpu import compile as compiler
 
 hypothesis.settings.register_profile("plainconv", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -20,6 +21,26 @@ def _caches_in_folders_of_the_tests(tmp_path_factory):
     """No test reads or fills the user's cache."""
     with compiler.kept_in(tmp_path_factory.mktemp("kernels")), measure.kept_in(tmp_path_factory.mktemp("records")):
         yield
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What runs, in order: the plan and its tensors."""
+    seen, real = [], plans.Plan.bind
+
+    def bind(plan, tensors):
+        call = real(plan, tensors)
+
+        def watched(tensors, out):
+            seen.append((plan, tensors))
+            call(tensors, out)
+
+        return watched
+
+    plans.forget()  # calls that were bound before
+    monkeypatch.setattr(plans.Plan, "bind", bind)
+    yield seen
+    plans.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -278,15 +278,7 @@ def test_output_size_with_pairs(name):
 
 
 @every_layer
-def test_algorithm(name, monkeypatch):
-    asked = []
-    original = plainconv.ops.convolve
-
-    def watched(first, second, bias, make):
-        asked.append(make.settings.algorithm)
-        return original(first, second, bias, make)
-
-    monkeypatch.setattr(plainconv.ops, "convolve", watched)
+def test_algorithm(name, served):
     assert ours(name)(4, 6, 3).algorithm == "auto"
     assert "algorithm" not in repr(ours(name)(4, 6, 3))
     x = picture(name, size=4, dtype=torch.float32)
@@ -294,7 +286,7 @@ def test_algorithm(name, monkeypatch):
         layer = ours(name)(4, 6, 3, algorithm=algorithm)
         assert repr(layer).endswith(f", algorithm={algorithm})")
         layer(x)
-    assert asked == list(EVERYWHERE)
+    assert [plan.algorithm.name for plan, _ in served] == list(EVERYWHERE)
     for family in (name, f"Lazy{name}"):
         with pytest.raises(ValueError, match="algorithm='quick' does not exist; choose one of auto, loops"):
             ours(family)(*(4, 6, 3)[family.startswith("Lazy") :], algorithm="quick")

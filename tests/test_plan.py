@@ -53,7 +53,9 @@ def test_a_name_that_does_not_exist_is_a_value_error_that_lists_those_that_do(na
         with pytest.raises(ValueError, match="does not exist") as caught:
             call()
         assert repr(name) in str(caught.value)
-        assert "auto, loops, shift, im2col, fft, narrow, depthwise, direct, pointwise, builtin, reference" in str(caught.value)
+        assert "auto, loops, shift, im2col, fft, narrow, depthwise, direct, pointwise, builtin, reference" in str(
+            caught.value
+        )
 
 
 @directions
@@ -257,7 +259,7 @@ def test_explain_computes_nothing(monkeypatch):
     def run(*_):
         raise AssertionError("explain ran an algorithm")
 
-    monkeypatch.setattr(plans.Plan, "__call__", run)
+    monkeypatch.setattr(plans.Plan, "bind", run)
     x = torch.randn(1, 2, 8, 8)
     before = x.clone()
     plainconv.explain(x, torch.randn(3, 2, 3, 3))

@@ -18,17 +18,11 @@ names = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
-    monkeypatch.setattr(settings, "_process", settings.Settings())
+    monkeypatch.setattr(settings, "current", settings.Settings())
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """The requests that are served, and by what."""
-    seen, real = [], plans.Plan.__call__
-    monkeypatch.setattr(
-        plans.Plan, "__call__", lambda self, *how: seen.append((self.request, self.algorithm.name)) or real(self, *how)
-    )
-    return seen
+def asked(served):
+    return [plan.request for plan, _ in served]
 
 
 def tensors(name: str, requires_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +39,7 @@ def test_at_first():
 
 
 @names
-def test_every_function_and_layer_takes_them_and_its_gradients_keep_them(name, used):
+def test_every_function_and_layer_takes_them_and_its_gradients_keep_them(name, served):
     function = getattr(plainconv, name)
     x, w = tensors(name, requires_grad=True)
     layer = getattr(plainconv.nn, name.replace("conv", "Conv").replace("_t", "T"))(
@@ -53,27 +47,27 @@ def test_every_function_and_layer_takes_them_and_its_gradients_keep_them(name, u
     )
     assert repr(layer).endswith(", max_workspace=65536, allow_builtin=True)")
     for call in (lambda: function(x, w, max_workspace=1 << 16, allow_builtin=True), lambda: layer(x)):
-        used.clear()
+        served.clear()
         y = call()
         plainconv.set_max_workspace(1 << 20)  # what is set in between is for other calls
         y.sum().backward()
         plainconv.set_max_workspace(DEFAULT_MAX_WORKSPACE)
-        assert len(used) == 3
-        assert {(asked.max_workspace, asked.allow_builtin) for asked, _ in used} == {(1 << 16, True)}
-    used.clear()
+        assert len(served) == 3
+        assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}
+    served.clear()
     function(x, w)
-    assert {(asked.max_workspace, asked.allow_builtin) for asked, _ in used} == {(1 << 30, False)}
+    assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 30, False)}
 
 
 @names
-def test_the_process_speaks_where_the_call_does_not(name, used):
+def test_the_process_speaks_where_the_call_does_not(name, served):
     function, (x, w) = getattr(plainconv, name), tensors(name)
     plainconv.set_max_workspace(12345)
     plainconv.set_allow_builtin(True)
     assert (plainconv.get_max_workspace(), plainconv.get_allow_builtin()) == (12345, True)
     function(x, w)
     function(x, w, max_workspace=0, allow_builtin=False)
-    assert [(asked.max_workspace, asked.allow_builtin) for asked, _ in used] == [(12345, True), (0, False)]
+    assert [(request.max_workspace, request.allow_builtin) for request in asked(served)] == [(12345, True), (0, False)]
 
 
 @names
@@ -113,28 +107,28 @@ def test_wrong_ones_are_one_sentence(said, error, words):
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value) == words
-    assert settings._process == settings.Settings()
+    assert settings.current == settings.Settings()
 
 
 # -- what they do ----------------------------------------------------------------------------------------------------
 
 
-def test_max_workspace_refuses_by_name_and_excludes_from_auto(used):
+def test_max_workspace_refuses_by_name_and_excludes_from_auto(served):
     x, w = torch.randn(1, 8, 40, 40), torch.randn(8, 8, 3, 3)
     with pytest.raises(AlgorithmRefused, match=r"it needs .* of workspace, and 16 B are allowed"):
         plainconv.conv2d(x, w, algorithm="im2col", max_workspace=16)
     y = plainconv.conv2d(x, w, max_workspace=0)
-    name = used[-1][1]
-    assert BY_NAME[name].cost(used[-1][0]).workspace == 0
+    name = served[-1][0].algorithm.name
+    assert BY_NAME[name].cost(served[-1][0].request).workspace == 0
     torch.testing.assert_close(y, plainconv.conv2d(x, w), rtol=1e-4, atol=1e-4)
 
 
-def test_builtin_serves_where_it_is_allowed(used):
+def test_builtin_serves_where_it_is_allowed(served):
     x, w = torch.randn(1, 8, 40, 40), torch.randn(8, 8, 3, 3)
     with pytest.raises(AlgorithmRefused, match=r"allow_builtin=True, or plainconv\.set_allow_builtin\(True\)"):
         plainconv.conv2d(x, w, algorithm="builtin")
     y = plainconv.conv2d(x, w, algorithm="builtin", allow_builtin=True)
-    assert used[-1][1] == "builtin"
+    assert served[-1][0].algorithm.name == "builtin"
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w))
 
 
@@ -188,31 +182,31 @@ def test_explain_knows_them():
 # -- traced ----------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_calls_and_their_gradients_carry_them(used):
+def test_compiled_calls_and_their_gradients_carry_them(served):
     def step(x, w):
         return plainconv.conv2d(x, w, max_workspace=1 << 16, allow_builtin=True)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (6, 7):
         x, w = torch.randn(2, 2, size, 6, requires_grad=True), torch.randn(2, 2, 3, 3, requires_grad=True)
-        used.clear()
+        served.clear()
         compiled(x, w).sum().backward()
-        assert len(used) == 3
-        assert {(asked.max_workspace, asked.allow_builtin) for asked, _ in used} == {(1 << 16, True)}
+        assert len(served) == 3
+        assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}
 
 
-def test_a_compiled_call_follows_the_process(used):
+def test_a_compiled_call_follows_the_process(served):
     compiled = torch.compile(plainconv.conv2d, fullgraph=True, backend="eager")
     x, w = tensors("conv2d")
     compiled(x, w)
     plainconv.set_max_workspace(4321)
     compiled(x, w)
-    assert [asked.max_workspace for asked, _ in used] == [1 << 30, 4321]
+    assert [request.max_workspace for request in asked(served)] == [1 << 30, 4321]
 
 
-def test_an_exported_program_keeps_them(used):
+def test_an_exported_program_keeps_them(served):
     layer = plainconv.nn.Conv2d(2, 2, 3, max_workspace=1 << 16, allow_builtin=True)
     x = torch.randn(1, 2, 6, 6)
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x))
-    assert {(asked.max_workspace, asked.allow_builtin) for asked, _ in used} == {(1 << 16, True)}
+    assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}

@@ -42,6 +42,9 @@ class Cost(NamedTuple):
     seconds: float
 
 
+Bound = Callable[[Tensors, Tensor, Tensor], None]  # run, without its request
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """One entry of the menu.
@@ -54,6 +57,8 @@ class Algorithm:
     run       fills `out` from the tensors, with `workspace` (uint8, cost(request).workspace bytes) as scratch
     version   raised when the code changes, so that old measurements are ignored
     fuses     whether run adds the residual and applies the activation; else they are left to `finish`
+    bind      optional: run for a request and for tensors of the strides of those given, whose values are not looked at;
+              what run would look up in every call is looked up once
     """
 
     name: str
@@ -63,6 +68,7 @@ class Algorithm:
     run: Callable[[Request, Tensors, Tensor, Tensor], None]
     version: int = 1
     fuses: bool = False
+    bind: Callable[[Request, Tensors], Bound] | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +76,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return torch.complex64 if dtype is torch.complex32 else dtype
+
+
+def sum_error(request: Request) -> float:
+    """The `error` of an algorithm that sums the products of an element as they are, in any order."""
+    return summation_error(request.problem.terms(request.direction))
 
 
 def summation_error(terms: int) -> float:

@@ -23,7 +23,7 @@ from plainconv.menu.base import (
     Tensors,
     machine,
     product_seconds,
-    summation_error,
+    sum_error,
 )
 from plainconv.problem import Direction, Request
 
@@ -82,8 +82,4 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     out.copy_(made)
 
 
-def _error(request: Request) -> float:
-    return summation_error(request.problem.terms(request.direction))
-
-
-ALGORITHM = Algorithm("builtin", _why_not, _cost, _error, _run)
+ALGORITHM = Algorithm("builtin", _why_not, _cost, sum_error, _run)

@@ -22,7 +22,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense, pack
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
-from plainconv.menu.base import ALIGNMENT, Cost, Tensors, summation_error
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, summation_error
 from plainconv.menu.lanes import Side, _shown, folded
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -558,23 +558,40 @@ def cost(request: Request) -> Cost:
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
     """Fill `out`."""
-    x, w, bias, residual = tensors
+    bind(request, tensors)(tensors, out, workspace)
+
+
+def bind(request: Request, tensors: Tensors) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these."""
+    x, w, bias, _ = tensors
     is_ = kind(request)
     channels_inside = not is_.places and not w.is_contiguous() and w.movedim(1, -1).is_contiguous()
-    if (is_.pairs or not is_.places) and not channels_inside:
-        w = w.contiguous()
-    ready = prepare(request, x.stride(), w.stride(), channels_inside)
-    scratch, weight = workspace.data_ptr(), w.data_ptr()
-    if ready.packs is not None:
-        launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, request.threads)
-        weight, scratch = scratch, scratch + ready.packed_bytes
-    pointers = (
-        x.data_ptr(),
-        weight,
-        weight if is_.places else x.data_ptr(),
-        0 if bias is None else bias.contiguous().data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        scratch,
-    )
-    launch(ready.kernel, (*pointers, *ready.addresses, *ready.sizes), ready.shares, request.threads)
+    copies_w = (is_.pairs or not is_.places) and not channels_inside and not w.is_contiguous()
+    copies_bias = bias is not None and not bias.is_contiguous()
+    w_strides = w.contiguous().stride() if copies_w else w.stride()
+    ready = prepare(request, x.stride(), w_strides, channels_inside)
+    behind, threads, places = (*ready.addresses, *ready.sizes), request.threads, is_.places
+
+    def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+        x, w, bias, residual = tensors
+        if copies_w:
+            w = w.contiguous()
+        if copies_bias and bias is not None:
+            bias = bias.contiguous()
+        scratch, weight = workspace.data_ptr(), w.data_ptr()
+        if ready.packs is not None:
+            launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, threads)
+            weight, scratch = scratch, scratch + ready.packed_bytes
+        pixels = x.data_ptr()
+        pointers = (
+            pixels,
+            weight,
+            weight if places else pixels,
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            scratch,
+        )
+        launch(ready.kernel, (*pointers, *behind), ready.shares, threads)
+
+    return call

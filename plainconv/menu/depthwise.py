@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plainconv.cpu.compile import Target
 from plainconv.menu import lanes
-from plainconv.menu.base import Algorithm, Cost, Tensors
+from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.problem import Request
 
 MOST_UNROLLED = 100  # products in the code of one tile, for each kx
@@ -48,7 +48,11 @@ def _cost(request: Request) -> Cost:
 
 
 def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-    lanes.run(request, tensors, out, _tile)
+    _bind(request, tensors)(tensors, out, workspace)
 
 
-ALGORITHM = Algorithm("depthwise", _why_not, _cost, lanes.error, _run)
+def _bind(request: Request, tensors: Tensors) -> Bound:
+    return lanes.bind(request, tensors, _tile)
+
+
+ALGORITHM = Algorithm("depthwise", _why_not, _cost, sum_error, _run, bind=_bind)

@@ -23,4 +23,4 @@ def _why_not(request: Request) -> str | None:
     return dense.why_not(request)
 
 
-ALGORITHM = Algorithm("direct", _why_not, dense.cost, dense.error, dense.run, fuses=True)
+ALGORITHM = Algorithm("direct", _why_not, dense.cost, dense.error, dense.run, fuses=True, bind=dense.bind)

@@ -29,7 +29,7 @@ from plainconv.menu.base import (
     machine,
     no_integers_on_cuda,
     product_seconds,
-    summation_error,
+    sum_error,
 )
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -70,8 +70,4 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     strips.run(request, tensors, out, workspace, _columns(request.problem), _multiply)
 
 
-def _error(request: Request) -> float:
-    return summation_error(request.problem.terms(request.direction))
-
-
-ALGORITHM = Algorithm("im2col", no_integers_on_cuda, _cost, _error, _run)
+ALGORITHM = Algorithm("im2col", no_integers_on_cuda, _cost, sum_error, _run)

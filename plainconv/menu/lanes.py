@@ -21,7 +21,7 @@ from plainconv.border import runs
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.cpu.launch import launch
-from plainconv.menu.base import Cost, Tensors, summation_error
+from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.problem import ConvProblem, Direction, Pair, Request
 
 ELEMENTS = {torch.float32: "float", torch.float64: "double"}
@@ -91,11 +91,6 @@ def why_not(request: Request) -> str | None:
     if request.problem.dims > 3:
         return "its loops are for at most three dimensions"
     return cpu.why_not()
-
-
-def error(request: Request) -> float:
-    """One sum in a fixed order."""
-    return summation_error(request.problem.terms(request.direction))
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
@@ -246,14 +241,21 @@ def prepare(request: Request, choose: Choose) -> Prepared:
     return Prepared(kernel, tables, addresses, tuple(sizes[name] for name in rows.SIZES), tasks)
 
 
-def run(request: Request, tensors: Tensors, out: Tensor, choose: Choose) -> None:
-    """Fill `out`. The kernel reads rows that are contiguous: an input that is not is copied first."""
+def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
+    """The call that fills a result. The kernel reads rows that are contiguous: an input that is not is copied first."""
     ready = prepare(request, choose)
-    x, w, bias, _ = tensors
-    x, w = x.contiguous(), w.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    pointers = (x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
-    launch(ready.kernel, (*pointers, *ready.addresses, *ready.sizes), ready.tasks, request.threads)
+    whole = all(tensor is None or tensor.is_contiguous() for tensor in tensors[:3])
+    kernel, behind, tasks, threads = ready.kernel, (*ready.addresses, *ready.sizes), ready.tasks, request.threads
+
+    def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+        x, w, bias, _ = tensors
+        if not whole:
+            x, w, bias = x.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
+        pointers = (x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        launch(kernel, (*pointers, *behind), tasks, threads)
+
+    call.keeps = ready  # type: ignore[attr-defined]  # the tables that `behind` points to
+    return call
 
 
 # -- estimates -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 from plainconv import reference
-from plainconv.menu.base import Algorithm, Cost, Tensors, compute_dtype, machine, summation_error
+from plainconv.menu.base import Algorithm, Cost, Tensors, compute_dtype, machine, sum_error
 from plainconv.problem import Direction, Request
 
 _DIRECTIONS = {
@@ -41,8 +41,4 @@ def _cost(request: Request) -> Cost:
     return Cost(problem.multiplies, moved, 0, seconds)
 
 
-def _error(request: Request) -> float:
-    return summation_error(request.problem.terms(request.direction))
-
-
-ALGORITHM = Algorithm("reference", _why_not, _cost, _error, _run)
+ALGORITHM = Algorithm("reference", _why_not, _cost, sum_error, _run)

@@ -486,6 +486,7 @@ def test_jacobians(name):
 def test_the_algorithm_named_serves_forward_and_backward(name, algorithm, monkeypatch):
     """Every plan made in a call and in its gradients is the named algorithm's."""
     from plainconv import ops
+    from plainconv.plan import forget
 
     made = []
 
@@ -495,12 +496,12 @@ def test_the_algorithm_named_serves_forward_and_backward(name, algorithm, monkey
         return original(request, asked)
 
     original = ops.plan
-    ops._plan.cache_clear()
+    forget()
     monkeypatch.setattr(ops, "plan", watched)
     sample = samples(name)[0]
     x, w, b = (t.detach().requires_grad_() for t in (sample.input, *sample.args))
     our_function(name)(x, w, b, **sample.kwargs, algorithm=algorithm).sum().backward()
-    ops._plan.cache_clear()
+    forget()
     assert sorted(made) == [(direction, algorithm) for direction in ("FORWARD", "GRAD_INPUT", "GRAD_WEIGHT")]
 
 
