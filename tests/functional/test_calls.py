@@ -1,0 +1,112 @@
+"""Plain calls that were made before: found again, told apart, bounded, and forgotten when plans change."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import channels_last, spread
+
+import plainconv
+from plainconv import functional, ops
+from plainconv import plan as plans
+from plainconv.problem import Direction, Geometry
+
+X, W, B = (2, 4, 9, 8), (6, 4, 3, 3), (6,)
+PLAIN = Geometry((1, 1), ((0, 0), (0, 0)), (1, 1))
+
+
+@pytest.fixture(autouse=True)
+def _forgotten():
+    plans.forget()
+    yield
+    plans.forget()
+
+
+def test_a_call_is_settled_and_planned_once(monkeypatch):
+    calls, real = [], functional._settled
+    monkeypatch.setattr(functional, "_settled", lambda *how: calls.append(how) or real(*how))
+    for _ in range(3):
+        x, w = torch.randn(X), torch.randn(W)  # other values each time
+        torch.testing.assert_close(plainconv.conv2d(x, w, padding=1), F.conv2d(x, w, padding=1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plainconv.conv2d(x[0], w), F.conv2d(x[0], w), rtol=1e-4, atol=1e-4)
+    assert len(calls) == len(functional._READY) == 2
+
+
+@pytest.mark.parametrize("algorithm", [name for name in plainconv.algorithms() if name not in ("loops", "pointwise")])
+def test_calls_in_turn_on_tensors_that_lie_differently(algorithm):
+    """What was bound for one layout of input, weight or bias must not serve another."""
+    groups = 4 if algorithm == "depthwise" else 1
+    layouts = (torch.Tensor.contiguous, channels_last, spread, lambda t: t[:1].expand(t.shape))
+    held = []
+    for one, two, three in itertools.product(layouts, layouts, (None, *layouts[:3])):
+        x, w = one(torch.randn(X)), two(torch.randn(8 if groups == 4 else 6, 4 // groups, 3, 3))
+        held.append((x, w, None if three is None else three(torch.randn(len(w)))))
+    how, right = {"groups": groups, "algorithm": algorithm, "allow_builtin": True}, 0
+    for x, w, b in held + held[::-1]:
+        if plainconv.explain(x, w, b, **how).chosen:
+            expected = F.conv2d(x, w, b, groups=groups)
+            torch.testing.assert_close(plainconv.conv2d(x, w, b, **how), expected, rtol=1e-4, atol=1e-4)
+            right += 1
+    assert right > len(held) / 2, "the others are refused: channels_last, by some"
+
+
+@pytest.mark.parametrize("wrong", [1.0, True, (1.0, 1), (1, True), "1"])
+def test_what_python_calls_equal_is_told_apart(wrong):
+    x, w = torch.randn(X), torch.randn(W)
+    plainconv.conv2d(x, w, stride=1)
+    plainconv.conv2d(x, w, stride=(1, 1))
+    with pytest.raises(TypeError, match="argument 'stride' must be tuple of ints"):
+        plainconv.conv2d(x, w, stride=wrong)
+
+
+def test_wrong_types_are_seen_after_right_ones():
+    x, w, b = torch.randn(X), torch.randn(W), torch.randn(B)
+    plainconv.conv2d(x, w, b)
+    for tensors in ((x.double(), w, b), (x, w.double(), b), (x, w, b.double())):
+        with pytest.raises(RuntimeError, match="should be the same"):
+            plainconv.conv2d(*tensors)
+    with pytest.raises(RuntimeError, match="expected bias to be 1-dimensional"):
+        plainconv.conv2d(x, w, b[1:])
+
+
+def test_arguments_that_cannot_be_written_serve_all_the_same():
+    class Two(int):
+        pass
+
+    x, w = torch.randn(X), torch.randn(W)
+    expected = F.conv2d(x, w, stride=2)
+    for stride in (Two(2), torch.Size((2, 2)), [2, 2], torch.tensor(2)):
+        torch.testing.assert_close(plainconv.conv2d(x, w, stride=stride), expected, rtol=1e-4, atol=1e-4)
+    changing = [1, 1]
+    plainconv.conv2d(x, w, stride=changing)
+    changing[:] = 2, 2
+    torch.testing.assert_close(plainconv.conv2d(x, w, stride=changing), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_and_settings_are_part_of_it(served):
+    x, w = torch.randn(X), torch.randn(W)
+    before, threads = plainconv.get_max_workspace(), torch.get_num_threads()
+    try:
+        for count, most in ((1, 1000), (2, 1000), (2, 2000), (1, 1000)):
+            torch.set_num_threads(count)
+            plainconv.set_max_workspace(most)
+            plainconv.conv2d(x, w)
+            assert (served[-1][0].request.threads, served[-1][0].request.max_workspace) == (count, most)
+    finally:
+        plainconv.set_max_workspace(before)
+        torch.set_num_threads(threads)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(ops, "MOST_READY", 5)
+    w = torch.randn(W)
+    for size in range(3, 30):
+        x = torch.randn(1, 4, size, 5)
+        torch.testing.assert_close(plainconv.conv2d(x, w), F.conv2d(x, w), rtol=1e-4, atol=1e-4)
+        ops.convolve(x, w, None, ops.Make(Direction.FORWARD, (1, 6, size - 2, 3), PLAIN))
+        assert 0 < len(functional._READY) <= 5
+        assert 0 < len(ops._READY) <= 5
+    plans.forget()
+    assert not functional._READY
+    assert not ops._READY
