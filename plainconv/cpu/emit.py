@@ -186,6 +186,10 @@ class Emit:
         """The larger of two i64."""
         return self._call("llvm.smax.i64", "i64", self.number(a), self.number(b))
 
+    def opaque(self, value: Value) -> Value:
+        """The same number or address, of which LLVM knows nothing: it stays one sum, and is not taken apart again."""
+        return self._emit(f'call {value.type} asm "", "=r,0"({value.type} {value.text})', value.type)
+
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         """a if the condition holds, else b."""
         return self._emit(f"select i1 {condition.text}, {a.type} {a.text}, {b.type} {b.text}", a.type)
@@ -289,6 +293,19 @@ class Emit:
         # Half types are moved as integers: not every target has an instruction for a vector of them.
         return self.widen(self._load(self.at(pointer, offset, stored), _carrier(stored), mask), stored)
 
+    def load_first(self, pointer: Value, offset: Value | int, count: int, stored: str | None = None) -> Value:
+        """A vector of which only the first `count` lanes are needed: no more is read than a power of two of them."""
+        whole, stored = self.lanes, stored or self.element
+        few = 1 << (count - 1).bit_length()
+        if few >= whole:
+            return self.load(pointer, offset, None, stored)
+        type_ = _carrier(stored)
+        address, vector = self.at(pointer, offset, stored), f"<{few} x {type_}>"
+        first = self._emit(f"load {vector}, ptr {address.text}, align {SCALARS[type_]}", vector)
+        numbers = ", ".join(f"i32 {lane}" if lane < few else "i32 poison" for lane in range(whole))
+        text = f"shufflevector {vector} {first.text}, {vector} poison, <{whole} x i32> <{numbers}>"
+        return self.widen(self._emit(text, f"<{whole} x {type_}>"), stored)
+
     def _load(self, address: Value, type_: str, mask: Value | None) -> Value:
         vector, align = f"<{self.lanes} x {type_}>", SCALARS[type_]
         if mask is None:
@@ -312,6 +329,11 @@ class Emit:
             return
         suffix = f"v{self.lanes}{SUFFIX[_carrier(stored)]}.p0"
         self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
+
+    def prefetch(self, address: Value, to: str = "read") -> None:
+        """Ask for the line of the cache at an address, which need not exist, to "read" or to "write" it."""
+        numbers = (Value(self, text, "i32") for text in ("1" if to == "write" else "0", "2", "1"))
+        self._call("llvm.prefetch.p0", "void", address, *numbers)
 
     def gather(self, pointer: Value, places: Value, mask: Value | None, type_: str | None = None) -> Value:
         """Lane i is element places[i]; lanes outside the mask are zero and are not read.
@@ -354,6 +376,13 @@ class Emit:
         narrow = self._emit(f"trunc i64 {bits.text} to i{self.lanes}", f"i{self.lanes}")
         mask = f"<{self.lanes} x i1>"
         return self._emit(f"bitcast {narrow.type} {narrow.text} to {mask}", mask)
+
+    def load_mask(self, pointer: Value, offset: Value | int) -> Value:
+        """The lanes whose bits are set in the i16 that lies `offset` places behind a pointer."""
+        bits = self.scalar(pointer, offset, "i16")
+        if self.lanes < 16:
+            bits = self._cast("trunc", bits, f"i{self.lanes}")
+        return self._cast("bitcast", bits, f"<{self.lanes} x i1>")
 
     def places(self, first: Value, step: Value | int) -> Value:
         """The integers first, first + step, ..., one a lane."""
@@ -426,6 +455,12 @@ class Emit:
         numbers = ", ".join(f"i32 {lane}" for lane in lanes)
         text = f"{a.type} {a.text}, {b.type} {b.text}, <{self.lanes} x i32> <{numbers}>"
         return self._emit(f"shufflevector {text}", a.type)
+
+    def pick(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
+        """These lanes of two vectors that lie side by side: those of `b` are counted on from those of `a`."""
+        numbers = ", ".join(f"i32 {lane}" for lane in lanes)
+        operands = f"{a.type} {a.text}, {b.type} {b.text}"
+        return self._emit(f"shufflevector {operands}, <{self.lanes} x i32> <{numbers}>", a.type)
 
     def _splat(self, value: Value) -> Value:
         vector = f"<{self.lanes} x {value.type}>"

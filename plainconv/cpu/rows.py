@@ -12,15 +12,21 @@ and the loops are, from the outside in,
       fill      the addresses of the input rows that the task reads, for every tap outside the tile
       column    vectors along the width
         outputs tiles of output channels
-          c, kd, kh, kx  input channels and taps
-            load x; broadcast weight; acc[o][r][v] += weight * x
+          c, step   input channels; taps along the depth, and along the rows in chunks of `inner`
+            kx        taps along the width, a group at a time
+              weights of the group: broadcast, and kept in registers
+              each input row of the tile: loaded once, multiplied by all weights and added to all sums that it meets
 
-where kh is unrolled if rows share their loads, and kx if a stride lets taps share theirs.
+so that an input row is loaded once for all taps of a chunk and all output rows: 7 rows of a 3x3 kernel load 9 rows, not
+21.  With a stride, the taps of a group share what they load, too: whole vectors are loaded, and each tap picks lanes.
+
+Memory may hold half types: they become float when they are loaded, and are rounded once, when they are stored.  The
+epilogue (residual, activation) is applied to the sums before that.
 
 A row of the border is a row of zeros, named by a table (-1), and multiplied as any other.  Along the width most
 columns lie inside, where loads need no care.  The columns at the edges (and those that do not fill a tile) load under
 masks: lanes in the border are zeros and nothing outside is read; for the other padding modes they are gathered through
-a table.  A stride of 2 to 4 loads so many vectors and picks lanes; a larger one gathers.
+a table.  A stride of more than 4 gathers, and so does an input whose rows are not contiguous (`spread`).
 
 Sizes are arguments, so that a new image size compiles nothing: `Shape` has all that the text depends on.
 """
@@ -30,20 +36,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.emit import HALVES, SCALARS, Emit, Value
+from plainconv.cpu.epilogue import finish
 
 PICKED_STRIDE = 4  # up to this stride, lanes are picked out of whole vectors; beyond, they are gathered
-UNROLLED = 100  # products in a row, at most, where taps along the width share what they load
+UNROLLED = 200  # products in a row, at most, where taps along the width are unrolled
 
-POINTERS = ("x", "w", "bias", "y", "depth_table", "row_table", "width_table", "zeros")
+POINTERS = ("x", "w", "bias", "residual", "y", "depth_table", "row_table", "width_table", "masks", "zeros")
 SIZES = (
+    "x_image",  # bytes from an image to the next, and so on
+    "x_channel",
+    "x_depth",
+    "x_row",
+    "x_pixel",  # elements
     "groups",
     "group_in",
     "group_out",
-    "in_channel",  # elements of an input channel
-    "in_width",
     "lo",  # padding before a row; negative: elements cropped
+    "in_width",
     "out_depth",
     "out_rows",
     "out_width",
@@ -59,29 +71,33 @@ SIZES = (
 class Shape:
     """All that the text of a kernel depends on.
 
-    kernel, and stride and dilation of rows and width; `sides`: whether the width has a "mask" border or reads a
-    "table".  The tile: outputs, rest (a last tile of fewer outputs, or 0), rows, vectors, and whether the taps of the
-    rows are unrolled, so that output rows share the input rows they load.
+    element is the type of the sums, stored that of memory, native what `Emit` may leave to the processor.  kernel, and
+    stride and dilation of rows and width; `sides`: whether the width has a "mask" border or reads a "table"; `spread`:
+    whether the pixels of an input row lie apart.  The tile: outputs (`one_tile`: there are no more), rest (a last tile
+    of fewer, or 0), rows, vectors, and `inner`: how many taps of the rows are unrolled, so that output rows share the
+    input rows they load.  registers: how many the processor has.
     """
 
     element: str
+    stored: str
+    native: frozenset[str]
     lanes: int
     kernel: tuple[int, int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
     sides: str
+    spread: bool
     one_channel: bool
     has_bias: bool
+    has_residual: bool
+    activation: str | None
     outputs: int
     rest: int
+    one_tile: bool
     rows: int
     vectors: int
-    shared_rows: bool
-
-    @property
-    def inner(self) -> int:
-        """Taps of the rows that are unrolled in the tile."""
-        return self.kernel[1] if self.shared_rows else 1
+    inner: int
+    registers: int
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -90,14 +106,67 @@ class Shape:
         return tuple(sorted(set(steps)))
 
     @property
-    def slots(self) -> int:
-        """Places, made up to whole vectors."""
-        return -(-len(self.places) // self.lanes) * self.lanes
+    def chunks(self) -> int:
+        """How many times a tile takes up new rows, for each input channel and tap along the depth."""
+        return -(-self.kernel[1] // self.inner)
 
     @property
-    def steps(self) -> int:
-        """How many times a tile takes up new rows, for each input channel."""
-        return self.kernel[0] * self.kernel[1] // self.inner
+    def gathers(self) -> bool:
+        """Whether each lane is loaded by itself."""
+        return self.spread or self.stride[1] > PICKED_STRIDE
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether the taps along the width are unrolled, and not a loop."""
+        return self.kernel[2] * self.inner * self.outputs * self.rows * self.vectors <= UNROLLED
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The taps along the width, in groups whose weights are kept in registers and share loads."""
+        if not self.unrolled:
+            return [[0]]
+        picked = self.stride[1] > 1 and not self.gathers
+        spare = self.registers - self.outputs * self.rows * self.vectors - (4 if picked else 2)
+        size = max(spare // (self.outputs * self.inner), 1)
+        if picked:
+            size = min(size, self.lanes // self.dilation[1] + 1)
+        taps = list(range(self.kernel[2]))
+        return [taps[i : i + size] for i in range(0, len(taps), size)]
+
+    @property
+    def pitch(self) -> int:
+        """Masks that belong to a column at the edge: of its store, and of vectors from each place behind its first."""
+        return 1 + (self.kernel[2] - 1) * self.dilation[1] + self.stride[1] * self.lanes + 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether all that a stride picks can be picked inside each 128 bits of a vector: see `halves`."""
+        return not self.gathers and self.stride[1] in (2, 4) and 16 // SCALARS[self.element] >= self.stride[1]
+
+    @property
+    def order(self) -> list[int]:
+        """Which of its outputs each lane of a vector holds, where a stride picks lanes."""
+        if not self.in_place:
+            return list(range(self.lanes))
+        parts = [list(range(i * self.lanes, (i + 1) * self.lanes)) for i in range(self.stride[1])]
+        while len(parts) > 1:
+            parts = [[(a + b)[i] for i in halves(self, 0)] for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return [element // self.stride[1] for element in parts[0]]
+
+
+def halves(shape: Shape, phase: int) -> list[int]:
+    """Every second lane of two vectors, picked inside each 128 bits.
+
+    So they come in an unusual order. But shuffles inside of 128 bits cost nothing beside multiplications, and those
+    across cost as much as one (measured on Zen 4).
+    """
+    size = 16 // SCALARS[shape.element]
+    return [
+        of * shape.lanes + group + i
+        for group in range(0, shape.lanes, size)
+        for of in (0, 1)
+        for i in range(phase, size, 2)
+    ]
 
 
 @lru_cache(512)
@@ -109,207 +178,305 @@ def text(shape: Shape) -> str:
 class _Rows:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.e = e = Emit(shape.lanes, shape.element)
+        self.e = e = Emit(shape.lanes, shape.element, shape.native)
         given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
         self.given = dict(zip((*POINTERS, *SIZES), given, strict=True))
         if shape.one_channel:
             self.given["group_in"] = e.number(1)
-        count = shape.steps * shape.slots
-        self.starts = e.stack("ptr", count)  # where each input row of the first channel begins
-        self.jumps = None if shape.one_channel else e.stack("i64", count)  # from there to the next channel
+        count = shape.kernel[0] * shape.chunks * len(shape.places)
+        self.starts = e.opaque(e.stack("ptr", count))  # where each input row of the first channel begins
+        self.jumps = None if shape.one_channel else e.opaque(e.stack("i64", count))  # from there to the next channel
+        self.pixels = e.opaque(e.stack("i64", count)) if shape.spread else None  # and from pixel to pixel
 
     def kernel(self) -> str:
         e, of = self.e, self.given
-        blocks, depth = of["blocks"], of["out_depth"]
-        block, rest = e.begin % blocks, e.begin // blocks
+        blocks, depth, groups = of["blocks"], of["out_depth"], of["groups"]
+        rest, image = e.begin // blocks, e.begin // (blocks * depth * groups)
+        plane = rest // depth
 
         def task(_: Value, state: list[Value]) -> Sequence[Value]:
-            block, d, plane, group = state
-            self.fill(plane, d, block)
-            self.columns(plane, group, d, block)
+            block, d, group, image = state
+            row = e.least(block * self.shape.rows, of["out_rows"] - self.shape.rows)  # the last block may overlap
+            self.fill(image, group, d, block)
+            self.columns(image, group, d, row)
             # The next task: count as a clock does, without division.
-            block, d, plane, group = block + 1, d, plane, group
+            block = block + 1
             over = e.compare("sge", block, blocks)
             block, d = e.select(over, e.number(0), block), e.select(over, d + 1, d)
             over = e.compare("sge", d, depth)
-            d, plane = e.select(over, e.number(0), d), e.select(over, plane + 1, plane)
-            group = e.select(over, group + 1, group)
-            group = e.select(e.compare("sge", group, of["groups"]), e.number(0), group)
-            return [block, d, plane, group]
+            d, group = e.select(over, e.number(0), d), e.select(over, group + 1, group)
+            over = e.compare("sge", group, groups)
+            return [block, d, e.select(over, e.number(0), group), e.select(over, image + 1, image)]
 
-        plane = rest // depth
-        e.loop(e.end - e.begin, [block, rest % depth, plane, plane % of["groups"]], task)
+        e.loop(e.end - e.begin, [e.begin % blocks, rest % depth, plane % groups, image], task)
         return e.module()
 
-    def fill(self, plane: Value, d: Value, block: Value) -> None:
+    def fill(self, image: Value, group: Value, d: Value, block: Value) -> None:
         """Write down where the input rows of a task begin; a row of the border is the row of zeros."""
         e, of, shape = self.e, self.given, self.shape
-        depth, steps = shape.kernel[0], shape.kernel[1] // shape.inner
-        x = e.address(e.at(of["x"], plane * of["group_in"] * of["in_channel"]))
+        depth, chunks, count = shape.kernel[0], shape.chunks, len(shape.places)
+        x = e.address(of["x"]) + image * of["x_image"] + group * of["group_in"] * of["x_channel"]
         zeros = e.address(of["zeros"])
 
         def each_depth(kd: Value, _: list[Value]) -> Sequence[Value]:
-            by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
-            least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
+            plane = e.scalar(of["depth_table"], d * depth + kd, "i64")
+            least = e.select(plane >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
+            start = x + plane * of["x_depth"]
 
-            def each_step(step: Value, _: list[Value]) -> Sequence[Value]:
-                for part in range(0, shape.slots, shape.lanes):
-                    by_row = e.load_places(of["row_table"], (block * steps + step) * shape.slots + part)
-                    real = e.compare_lanes("sge", by_row, least)
-                    slot = (kd * steps + step) * shape.slots + part
-                    e.put_places(e.either(real, e.move_places(by_row, x + by_depth), zeros), self.starts, slot)
+            def each_chunk(chunk: Value, _: list[Value]) -> Sequence[Value]:
+                for i in range(count):
+                    row = e.scalar(of["row_table"], (block * chunks + chunk) * count + i, "i64")
+                    slot = (kd * chunks + chunk) * count + i
+                    real = row >= least
+                    e.put(e.select(real, start + row * of["x_row"], zeros), self.starts, slot)
                     if self.jumps is not None:
-                        e.put_places(e.either(real, of["in_channel"], e.number(0)), self.jumps, slot)
+                        e.put(e.select(real, of["x_channel"], e.number(0)), self.jumps, slot)
+                    if self.pixels is not None:
+                        e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
                 return []
 
-            e.loop(steps, [], each_step)
+            e.loop(chunks, [], each_chunk)
             return []
 
         e.loop(depth, [], each_depth)
 
-    def columns(self, plane: Value, group: Value, d: Value, block: Value) -> None:
+    def columns(self, image: Value, group: Value, d: Value, row: Value) -> None:
         e, of, shape = self.e, self.given, self.shape
-        first_row = block * shape.rows
-        left = of["out_rows"] - first_row
         out_channel = of["out_depth"] * of["out_rows"] * of["out_width"]
-        y = e.at(of["y"], plane * of["group_out"] * out_channel)
-        y = e.at(y, (d * of["out_rows"] + first_row) * of["out_width"])
+        begin = (image * of["groups"] + group) * of["group_out"] * out_channel
+        begin = begin + (d * of["out_rows"] + row) * of["out_width"]
 
-        def tile(vector: Value, inside: bool) -> None:
-            """All output channels of one column of vectors."""
+        def tile(vector: Value, edge: Value | None) -> None:
+            """All output channels of one column of vectors; edge: its masks, if it lies at an edge."""
 
             def outputs(first: Value, count: int) -> None:
                 channel = group * of["group_out"] + first
-                out = e.at(y, first * out_channel)
                 column = vector * shape.lanes
-                vectors = shape.vectors if inside else 1
-                acc = self.sums(channel, count, column, vectors, inside)
-                mask = None if inside else e.tail(of["out_width"] - column)
-
-                # Rows that the output does not have are written over its last one, which is then written itself: from
-                # the bottom up, and no branch, behind which LLVM would move the sums.
-                for r in reversed(range(shape.rows)):
-                    row = e.least(left - 1, r) * of["out_width"]
-                    for o in range(count):
+                vectors = 1 if edge else shape.vectors
+                acc = self.sums(channel, count, column, vectors, edge)
+                mask = e.load_mask(edge, 0) if edge else None
+                if shape.order != sorted(shape.order) and not (edge and shape.sides == "table"):
+                    back = [shape.order.index(lane) for lane in range(shape.lanes)]
+                    acc = [e.pick(vector, vector, back) for vector in acc]
+                for o in range(count):
+                    at = begin + (first + o) * out_channel + column
+                    out = e.opaque(e.at(of["y"], at, shape.stored))
+                    other = e.opaque(e.at(of["residual"], at, shape.stored)) if shape.has_residual else None
+                    for r in range(shape.rows):
                         for v in range(vectors):
-                            at = out_channel * o + (row + column + v * shape.lanes)
-                            e.store(acc[(o * shape.rows + r) * vectors + v], out, at, mask)
+                            at = of["out_width"] * r + v * shape.lanes
+                            added = e.load(other, at, mask, shape.stored) if other else None
+                            total = acc[(o * shape.rows + r) * vectors + v]
+                            e.store(finish(e, total, added, shape.activation), out, at, mask, shape.stored)
 
             def whole(i: Value, _: list[Value]) -> Sequence[Value]:
                 outputs(i * shape.outputs, shape.outputs)
                 return []
 
+            e.loop(1 if shape.one_tile else of["tiles"], [], whole)
             if shape.rest:
-                e.loop(of["tiles"], [], whole)
                 outputs(of["tiles"] * shape.outputs, shape.rest)
-            else:
-                e.loop(of["tiles"], [], whole)
 
         def inside(i: Value, _: list[Value]) -> Sequence[Value]:
-            tile(of["head"] + i * shape.vectors, True)
+            tile(of["head"] + i * shape.vectors, None)
             return []
 
         def edge(i: Value, _: list[Value]) -> Sequence[Value]:
             behind = i + of["inside"] * shape.vectors
-            tile(e.select(i < of["head"], i, behind), False)
+            vector = e.select(i < of["head"], i, behind)
+            tile(vector, e.at(of["masks"], i * shape.pitch, "i16"))
             return []
 
         e.loop(of["inside"], [], inside)
         e.loop(of["single"], [], edge)
 
-    def sums(self, channel: Value, outputs: int, column: Value, vectors: int, inside: bool) -> list[Value]:
+    def sums(self, channel: Value, outputs: int, column: Value, vectors: int, edge: Value | None) -> list[Value]:
         """The accumulators [outputs, rows, vectors] of one tile."""
         e, of, shape = self.e, self.given, self.shape
-        rows, width = shape.kernel[1], shape.kernel[2]
-        taps = shape.kernel[0] * rows * width
+        depth, high, width = shape.kernel
         if shape.has_bias:
-            biases = [e.broadcast(e.scalar(of["bias"], channel + o)) for o in range(outputs)]
+            biases = [e.broadcast(e.scalar(of["bias"], channel + o, shape.stored)) for o in range(outputs)]
         else:
             biases = [e.zero] * outputs
         acc = [biases[o] for o in range(outputs) for _ in range(shape.rows * vectors)]
-        w = e.at(of["w"], channel * of["group_in"] * taps)
+        w = e.at(of["w"], channel * of["group_in"] * (depth * high * width), shape.stored)
         left = column * shape.stride[1]  # the place in the padded row where the first tap begins
-        # With a stride, neighbouring taps pick their lanes out of the same loads. Without, unrolling gains nothing,
-        # takes longer to compile, and LLVM would load so early that sums are spilled.
-        products = width * shape.inner * outputs * shape.rows * shape.vectors
-        unrolled = 1 < shape.stride[1] <= PICKED_STRIDE and products <= UNROLLED
 
         def each_channel(c: Value, acc: list[Value]) -> Sequence[Value]:
-            w_channel = e.at(w, c * taps)
+            w_channel = e.at(w, c * (depth * high * width), shape.stored)
 
-            def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
-                starts = []
-                for i in range(len(shape.places)):
-                    slot = step * shape.slots + i
-                    start = e.scalar(self.starts, slot, "ptr")
-                    starts.append(start if self.jumps is None else e.at(start, c * e.scalar(self.jumps, slot, "i64")))
-                w_step = e.at(w_channel, step * (shape.inner * width))
-                if unrolled:
-                    for kx in range(width):
-                        acc = self.tap(acc, starts, w_step, left, kx, outputs, vectors, inside)
+            def chunk(kd: Value, number: Value | int, inner: int, acc: list[Value]) -> list[Value]:
+                starts = {}
+                wanted = {r * shape.stride[0] + k * shape.dilation[0] for r in range(shape.rows) for k in range(inner)}
+                for i, place in enumerate(shape.places):
+                    if place in wanted:
+                        slot = (kd * shape.chunks + number) * len(shape.places) + i
+                        start = e.scalar(self.starts, slot, "ptr")
+                        if self.jumps is not None:
+                            start = e.at(start, c * e.scalar(self.jumps, slot, "i64"), "i8")
+                        pixel = None if self.pixels is None else e.scalar(self.pixels, slot, "i64")
+                        starts[place] = _Row(start, pixel)
+                w_chunk = e.at(w_channel, (kd * high + e.number(number) * shape.inner) * width, shape.stored)
+                tile = _Tile(outputs, vectors, inner, starts, edge)
+                if shape.unrolled:
+                    for taps in shape.groups:
+                        acc = self.group(acc, tile, w_chunk, left, 0, taps)
                     return acc
 
                 def each_tap(kx: Value, acc: list[Value]) -> Sequence[Value]:
-                    begin = left + kx * shape.dilation[1]
-                    return self.tap(acc, starts, e.at(w_step, kx), begin, 0, outputs, vectors, inside)
+                    w = e.at(w_chunk, kx, shape.stored)
+                    return self.group(acc, tile, w, left, kx * shape.dilation[1], [0])
 
                 return e.loop(width, acc, each_tap)
 
-            return e.loop(shape.steps, acc, each_step)
+            def each_depth(kd: Value, acc: list[Value]) -> Sequence[Value]:
+                whole, rest = divmod(high, shape.inner)
+                acc = e.loop(whole, acc, lambda number, acc: chunk(kd, number, shape.inner, acc))
+                return chunk(kd, whole, rest, acc) if rest else acc
+
+            return e.loop(depth, acc, each_depth)
 
         return e.loop(1 if shape.one_channel else of["group_in"], acc, each_channel)
 
-    def tap(
-        self,
-        acc: list[Value],
-        starts: list[Value],
-        w: Value,
-        left: Value,
-        kx: int,
-        outputs: int,
-        vectors: int,
-        inside: bool,
+    def group(
+        self, acc: list[Value], tile: _Tile, w: Value, left: Value, begin: Value | int, taps: list[int]
     ) -> list[Value]:
-        """Add what tap kx along the width gives (all taps of the rows, if they are unrolled)."""
+        """Add what these taps along the width give; the first of all begins `begin` places behind `left`."""
         e, of, shape = self.e, self.given, self.shape
-        acc = list(acc)
-        x = {}
-        for v in range(vectors):
-            place = left + shape.stride[1] * shape.lanes * v
-            load = self.loader(place, kx * shape.dilation[1], inside)
-            for place_of_row, start in zip(shape.places, starts, strict=True):
-                x[place_of_row, v] = load(start)
-        taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2]
-        for kh in range(shape.inner):
-            for o in range(outputs):
-                weight = e.broadcast(e.scalar(w, of["group_in"] * (taps * o) + kh * shape.kernel[2] + kx))
-                for r in range(shape.rows):
-                    row = r * shape.stride[0] + kh * shape.dilation[0]
-                    for v in range(vectors):
-                        i = (o * shape.rows + r) * vectors + v
-                        acc[i] = e.fma(x[row, v], weight, acc[i])
+        acc, products = list(acc), shape.kernel[0] * shape.kernel[1] * shape.kernel[2]
+        weights = {
+            (o, k, kx): e.broadcast(
+                e.scalar(w, of["group_in"] * (products * o) + (k * shape.kernel[2] + kx), shape.stored)
+            )
+            for k in range(tile.inner)
+            for o in range(tile.outputs)
+            for kx in taps
+        }
+        load = self.loader(left, begin, taps, tile.edge)
+        for place, start in tile.starts.items():
+            meets = [
+                (r, k)
+                for r in range(shape.rows)
+                for k in range(tile.inner)
+                if r * shape.stride[0] + k * shape.dilation[0] == place
+            ]
+            for v in range(tile.vectors):
+                for kx, x in zip(taps, load(start, v), strict=True):
+                    for r, k in meets:
+                        for o in range(tile.outputs):
+                            i = (o * shape.rows + r) * tile.vectors + v
+                            acc[i] = e.fma(x, weights[o, k, kx], acc[i])
         return acc
 
-    def loader(self, left: Value, tap: int, inside: bool) -> Callable[[Value], Value]:
-        """A function from an input row to its vector at places left + tap, + stride, ... of the padded row."""
+    def loader(
+        self, left: Value, begin: Value | int, taps: list[int], edge: Value | None
+    ) -> Callable[[_Row, int], list[Value]]:
+        """A function: from an input row, and the number of a vector in the tile, to what each tap sees of it."""
         e, of, shape = self.e, self.given, self.shape
         stride, lanes = shape.stride[1], shape.lanes
-        real: Value | None
-        if not inside and shape.sides == "table":
+        begin = e.number(begin)
+        offsets = [kx * shape.dilation[1] for kx in taps]
+
+        def gather(row: _Row, places: Value, real: Value | None) -> Value:
+            if row.pixel is not None:
+                places = e.scale_places(places, row.pixel)
+            held = "i16" if shape.stored in HALVES else shape.stored  # few processors know vectors of half types
+            return e.widen(e.gather(row.start, places, real, held), shape.stored)
+
+        if edge and shape.sides == "table":
+            shown = []
+            for offset in offsets:
+                place = left + begin + offset
+                if stride == 1:
+                    shown.append(e.load_places(of["width_table"], place))
+                else:
+                    shown.append(e.gather(of["width_table"], e.places(place, stride), None, "i64"))
+            real = [e.compare_lanes("sge", places, 0) for places in shown]
+            return lambda row, v: [gather(row, *where) for where in zip(shown, real, strict=True)]
+        first = left - of["lo"] + begin
+        if shape.gathers:
+
+            def gathered(row: _Row, v: int) -> list[Value]:
+                each = []
+                for offset in offsets:
+                    places = e.places(first + (offset + v * lanes * stride), stride)
+                    real = e.compare_lanes("ult", places, of["in_width"]) if edge else None
+                    each.append(gather(row, places, real))
+                return each
+
+            return gathered
+        masks: dict[int, Value] = {}
+
+        def vector(row: _Row, offset: int, least: int = lanes) -> Value:
+            if edge is None:
+                return e.load_first(row.start, first + offset, least, shape.stored)
+            if offset not in masks:
+                masks[offset] = e.load_mask(edge, begin + (offset + 1))
+            return e.load(row.start, first + offset, masks[offset], shape.stored)
+
+        def loaded(row: _Row, v: int) -> list[Value]:
+            start = v * lanes * stride
             if stride == 1:
-                shown = e.load_places(of["width_table"], left + tap)
-            else:
-                shown = e.gather(of["width_table"], e.places(left + tap, stride), None, "i64")
-            real = e.compare_lanes("sge", shown, 0)
-            return lambda row: e.gather(row, shown, real)
-        first = left - of["lo"]
-        if stride > PICKED_STRIDE:
-            places = e.places(first + tap, stride)
-            real = None if inside else e.compare_lanes("ult", places, of["in_width"])
-            return lambda row: e.gather(row, places, real)
-        whole, phase = divmod(tap, stride)
-        begins = [first + (whole * stride + part * lanes) for part in range(stride)]
-        masks = [None if inside else e.within(begin, of["in_width"]) for begin in begins]
-        return lambda row: e.every(
-            stride, phase, [e.load(row, begin, mask) for begin, mask in zip(begins, masks, strict=True)]
-        )
+                return [vector(row, start + offset) for offset in offsets]
+            reach = offsets[-1] - offsets[0] + stride * (lanes - 1)
+            parts = [vector(row, start + offsets[0] + i * lanes) for i in range(stride)]
+            if reach >= stride * lanes:
+                parts.append(vector(row, start + offsets[0] + stride * lanes, reach - stride * lanes + 1))
+            return self.picked(parts, [offset - offsets[0] for offset in offsets])
+
+        return loaded
+
+    def picked(self, parts: list[Value], offsets: list[int]) -> list[Value]:
+        """Out of vectors that lie side by side: for each offset, every `stride`-th element from there, in `order`."""
+        e, stride, lanes, order = self.e, self.shape.stride[1], self.shape.lanes, self.shape.order
+        phases = self.apart(parts[:stride], stride)
+        result = []
+        for offset in offsets:
+            shift, phase = divmod(offset, stride)
+            vector = phases[phase]
+            # What the shift brings in lies in the next part, which is not yet taken apart.
+            if shift:
+                wanted = [o + shift for o in order]
+                picks = [order.index(o) if o < lanes else lanes + phase + stride * (o - lanes) for o in wanted]
+                vector = e.pick(vector, parts[stride], picks)
+            result.append(vector)
+        return result
+
+    def apart(self, parts: list[Value], stride: int) -> list[Value]:
+        """`stride` vectors that lie side by side, dealt out: every `stride`-th element, from each of the first ones."""
+        e, lanes = self.e, self.shape.lanes
+        if stride == 1:
+            return parts
+        if self.shape.in_place:
+            pairs = list(zip(parts[::2], parts[1::2], strict=True))
+            even, odd = ([e.pick(a, b, halves(self.shape, phase)) for a, b in pairs] for phase in (0, 1))
+            dealt = zip(self.apart(even, stride // 2), self.apart(odd, stride // 2), strict=True)
+            return [vector for both in dealt for vector in both]
+        vectors = []
+        for phase in range(stride):
+            wanted = [divmod(phase + stride * lane, lanes) for lane in range(lanes)]
+            vector = parts[0]
+            for number in range(1, stride):  # the lanes of this part come in, the others stay
+                stay = range(lanes) if number > 1 else [at for _, at in wanted]
+                picks = [lanes + at if part == number else old for old, (part, at) in zip(stay, wanted, strict=True)]
+                vector = e.pick(vector, parts[number], picks)
+            vectors.append(vector)
+        return vectors
+
+
+class _Row(NamedTuple):
+    """Where an input row begins, and the elements from pixel to pixel, if that is not 1."""
+
+    start: Value
+    pixel: Value | None
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What is being summed: output channels, vectors, taps along the rows, where input rows begin, masks at an edge."""
+
+    outputs: int
+    vectors: int
+    inner: int
+    starts: dict[int, _Row]
+    edge: Value | None

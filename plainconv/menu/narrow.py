@@ -4,10 +4,11 @@
 
 Where channels are few, a vector of channels is mostly idle, and packing them costs more than the convolution.  Along
 the width there is always enough.  A tile is `outputs` channels of `rows` rows: what is loaded of a row serves all the
-output channels of the tile, and each weight, broadcast to all lanes, serves all rows.  With 6 x 4 sums in registers a
-tap costs 4 loads and 6 weights for 24 multiplications.
+output channels of the tile, and each weight, broadcast to all lanes, serves all rows.  With 3 x 7 sums in registers, 3
+taps along the rows cost 9 loads and 9 weights for 63 multiplications.
 
-Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  No workspace.
+Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace
+is room for a weight that is not contiguous.
 """
 
 from __future__ import annotations
@@ -19,19 +20,11 @@ from plainconv.menu import lanes
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.problem import Request
 
-ROWS = 4
+MOST_OUTPUTS = 8  # of a tile
 
 
 def _tile(request: Request, target: Target) -> lanes.Tile:
-    problem = request.problem
-    _, high, width = lanes.folded(problem)
-    loaded = width.stride if width.stride <= 4 else 1  # vectors that are loaded to pick one
-    most = ROWS if target.registers > 16 and loaded <= 2 else ROWS // 2
-    spare = target.registers - 2 - most * loaded
-    outputs = max(spare // most, 1)
-    tiles = -(-problem.group_out // outputs)
-    even = -(-problem.group_out // tiles)  # 7 outputs are 4 and 3, not 6 and 1
-    return lanes.Tile(even, 1, most, False) if high.out == 1 else lanes.Tile(even, most, 1, False)
+    return lanes.best_tile(request, target, MOST_OUTPUTS)
 
 
 def _cost(request: Request) -> Cost:
@@ -46,4 +39,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = Algorithm("narrow", lanes.why_not, _cost, sum_error, _run, bind=_bind)
+ALGORITHM = Algorithm("narrow", lanes.why_not, _cost, sum_error, _run, version=2, fuses=True, bind=_bind)

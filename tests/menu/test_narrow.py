@@ -1,11 +1,12 @@
-"""narrow and depthwise: nothing outside is touched, for every vector width; no size compiles twice; no spilled sums."""
+"""narrow and depthwise: nothing outside is touched, for every vector width; half types, any strides, the epilogue; no
+size compiles twice; no spilled sums."""
 
 import dataclasses
 import re
 
 import pytest
 import torch
-from checks import BY_NAME, CASES, check, compare, given, integers, reals, refuses, request
+from checks import BY_NAME, CASES, check, compare, given, integers, reals, refuses, request, spread
 from guarded import guarded
 
 from plainconv.cpu import compile as cpu
@@ -14,7 +15,7 @@ from plainconv.menu import depthwise, lanes, narrow
 from plainconv.menu.base import Tensors
 from plainconv.problem import ConvProblem, Direction
 
-BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+BITS = [b for b in (512, 256, 128) if cpu.why_not() is None and b <= cpu.Target.host().bits] or [128]
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 both = pytest.mark.parametrize("module", [narrow, depthwise], ids=["narrow", "depthwise"])
@@ -72,29 +73,25 @@ def as_if(monkeypatch):
 def test_nothing_outside_is_touched(module, bits, text, as_if, monkeypatch):
     """Every tensor, and every table, right before and right behind memory that faults."""
     as_if(bits)
-    asked = asked_for(module, text, has_bias=True)
+    asked = asked_for(module, text, has_bias=True, has_residual=True)
     tables = lanes._tables
     for at_end in (True, False):
         held = []
 
         def between_guards(*how, at_end=at_end, held=held):
-            whole, begins = tables(*how)
-            starts = [begin - whole.data_ptr() for begin in begins]
-            ends = [*starts[1:], len(whole)]
-            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
-            return whole, tuple(part.data_ptr() for part in held)
+            held += [guarded(table, at_end=at_end) for table in tables(*how)]
+            return tuple(held)
 
         monkeypatch.setattr(lanes, "_tables", between_guards)
-        first, second, bias = (guarded(tensor, at_end=at_end) for tensor in given(asked, reals)[:3])
+        tensors = [guarded(tensor, at_end=at_end) for tensor in given(asked, reals)]
         out = guarded(torch.full(asked.problem.output_shape, torch.nan), at_end=at_end)
-        module.ALGORITHM.run(asked, Tensors(first, second, bias), out, torch.empty(0, dtype=torch.uint8))
+        module.ALGORITHM.run(asked, Tensors(*tensors), out, torch.empty(0, dtype=torch.uint8))
         assert held, "the tables were not guarded"
-        compare(module.ALGORITHM, asked, out, first, second, bias, to_the_bit=False)
+        compare(module.ALGORITHM, asked, out, *tensors, to_the_bit=False)
 
 
 @both
-@every_width
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("bits", "dtype"), [*((bits, torch.float32) for bits in BITS), (BITS[0], torch.float64)])
 @pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
 def test_every_way_through_the_kernel(module, bits, dtype, text, as_if):
     as_if(bits)
@@ -104,11 +101,59 @@ def test_every_way_through_the_kernel(module, bits, dtype, text, as_if):
 
 
 @both
+@every_width
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "reflect", "stride 6", "rows that fill tiles", "3-D", "1-D"])
+def test_half_types_are_read_and_written(module, bits, dtype, name, as_if):
+    as_if(bits)
+    asked = asked_for(module, ALL[name], dtype, has_bias=True)
+    check(module.ALGORITHM, asked, integers)
+    check(module.ALGORITHM, asked, reals)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_epilogue_is_in_the_store(module, dtype):
+    for activation in ("relu", "gelu"):
+        asked = asked_for(module, "n2 c3 o6 x9x37 k3x3 s1x2 p1 g3", dtype)
+        asked = dataclasses.replace(asked, has_bias=True, has_residual=True, activation=activation)
+        check(module.ALGORITHM, asked, integers if activation == "relu" else reals)
+
+
+def window(tensor):
+    """The same values, out of a larger tensor: no dimension follows right behind the one before."""
+    around = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+    view = around[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+@both
+@pytest.mark.parametrize("layout", [window, spread])
+@pytest.mark.parametrize("name", ["3x3", "depthwise", "stride 2", "circular", "stride 6", "3-D", "1-D", "one tap"])
+def test_strides_of_memory_are_followed(module, layout, name, as_if):
+    as_if(BITS[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        check(module.ALGORITHM, asked_for(module, ALL[name], dtype, has_bias=True), integers, layout)
+
+
+@both
+def test_no_input_is_copied(module, monkeypatch):
+    """Not even one that is read element by element."""
+    asked = asked_for(module, "n1 c3 o3 x9x8 k3x3 p1 g3")
+    x, w, *rest = given(asked)
+    for name in ("contiguous", "clone", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor is copied"))
+    out = torch.empty(asked.problem.output_shape)
+    for view in (x, x.mT.mT, torch.cat([x, x], 3)[..., ::2]):
+        module.ALGORITHM.run(asked, Tensors(view, w, *rest), out, torch.empty(0, dtype=torch.uint8))
+
+
+@both
 @pytest.mark.parametrize("text", ["n{n} c3 o3 x{h}x{w} k3x3 p1 g3", "n{n} c1 o3 x{w} k5 s2 p{n}"])
 def test_a_new_size_compiles_nothing(module, text):
-    """Batch, height, width and the width of the border are arguments; only very narrow pictures have their own."""
+    """Batch, height, width and the width of the border are arguments; only very small pictures have their own."""
     texts = set()
-    for n, h, w in [(1, 20, 50), (2, 21, 400), (3, 77, 1001), (4, 1000, 64)]:
+    for n, h, w in [(1, 30, 50), (2, 31, 400), (3, 77, 1001), (4, 1000, 64)]:
         asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), Direction.FORWARD, torch.float32)
         target = cpu.Target.host()
         texts.add(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))))
@@ -142,10 +187,10 @@ def test_the_sums_stay_in_registers(module, text, bits):
 
 @both
 def test_what_is_refused_is_said(module):
-    small = ConvProblem.parse("n1 c2 o2 x8x8 k3x3 g2")
+    small = ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2")
     for direction, dtype, more, words in [
         (Direction.GRAD_INPUT, torch.float32, {}, "not written yet"),
-        (Direction.FORWARD, torch.bfloat16, {}, "bfloat16"),
+        (Direction.FORWARD, torch.int32, {}, "int32"),
         (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
         (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
     ]:
