@@ -5,7 +5,6 @@ Nothing is padded and nothing is copied; the weight, packed, is the workspace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +15,7 @@ from plainconv.cpu import channels
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
-from plainconv.menu.base import Cost, Tensors
+from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.menu.lanes import Side, _shown, folded
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -29,6 +28,8 @@ PACKED_ALONE = 1 << 15  # numbers of a weight that one thread packs sooner than 
 FMA_PER_SECOND = 3.0e9  # vectors multiplied and added
 LOADS_PER_SECOND = 3.0e9
 BYTES_PER_SECOND = 10e9  # memory, all threads
+CACHED_PER_SECOND = 30e9  # where input and output stay in a cache
+CACHED = 16 << 20
 HIDDEN = 0.1  # of the shorter of work and memory, the part that the longer does not hide
 STEP_S = 2e-9  # an input row of a tile
 TILE_S = 4e-9
@@ -185,7 +186,7 @@ def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
     return image, depth, row, pixel
 
 
-def bind(request: Request, tensors: Tensors) -> Callable[[Tensors, Tensor, Tensor], None]:
+def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, activation and residual included; an input whose channels lie apart is copied."""
     ready, threads = prepare(request), request.threads
     apart = tensors.first.shape[1] > 1 and tensors.first.stride(1) != 1
@@ -238,7 +239,7 @@ def cost(request: Request) -> Cost:
     work = work / threads + problem.in_channels * shape.all_taps * PACK_S
     size = request.dtype.itemsize
     elements = sum(torch.Size(problem.shape_of(role)).numel() for role in ("x", "w", "y"))
-    memory = size * elements / BYTES_PER_SECOND
+    memory = size * elements / (BYTES_PER_SECOND if size * elements > CACHED else CACHED_PER_SECOND)
     seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
     workspace = _packed_bytes(problem, shape) + 8 * (whole + rest)
     return Cost(products * shape.lanes, size * elements, workspace, seconds)
