@@ -7,7 +7,8 @@ scratch memory that stays in the cache, so that tap t of every place of the bloc
 holds a copy of the rows for each tap along the width (or, if the block lies within one row, for each phase of the
 stride).  Borders, strides, dilation, half types and odd strides of memory end here: the product knows nothing of them.
 
-    task         an image, a group, a block of the output, and some of the output channels
+    task         a block of the output, an image, a group, and some of the output channels
+      list       what to copy, if the block is another than before
       gather     the strip, channel by channel
       tile       `scalars` x `vectors` registers of sums
         c, t     load vectors; broadcast scalars; acc[i][v] += scalar[i] * vector[v]
@@ -38,6 +39,7 @@ SIZES = (
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
     "share",  # elements of scratch of each
     "entries",  # where in a share the list of what to copy begins
+    "planes",  # images x groups
     "groups",
     "group_in",
     "group_out",
@@ -46,6 +48,7 @@ SIZES = (
     "x_depth",
     "x_row",
     "x_col",
+    "ahead",  # from what a block reads to what the next one does
     "in_width",
     "y_image",
     "y_channel",
@@ -147,37 +150,43 @@ class _Dense:
             scratch = e.at(of["scratch"], number * of["share"])
 
             def task(i: Value, carried: list[Value]) -> Sequence[Value]:
-                block = (first + i) // of["parts"]
-                place = self.place(block)
+                block, part = (first + i) // of["parts"], (first + i) % of["parts"]
+                plane, where = block % of["planes"], block // of["planes"]
+                place = self.place(where)
+                image, group = plane // of["groups"], plane % of["groups"]
+                x = image * of["x_image"] + group * of["group_in"] * of["x_channel"]
                 if self.shape.source != "none":
-                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, *place))
-                self.products(scratch, (first + i) % of["parts"], *place)
-                return [block]
+                    e.when(e.compare("ne", where, carried[1]), lambda: self.describe(scratch, *place))
+                    source = e.at(of["x"], x, self.shape.stored)
+                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, source))
+                self.products(scratch, part, x, image, group, *place)
+                return [block, where]
 
-            e.loop(last - first, [e.number(-1)], task)
+            e.loop(last - first, [e.number(-1), e.number(-1)], task)
             return []
 
         e.loop(e.end - e.begin, [], share)
         return e.module()
 
-    def place(self, block: Value) -> tuple[Value, ...]:
-        """Image, group, depth, first row and first column of a block."""
+    def place(self, where: Value) -> tuple[Value, Value, Value]:
+        """Depth, first row and first column of a block."""
         of = self.given
-        block, col = block // of["col_blocks"], block % of["col_blocks"]
-        block, row = block // of["row_blocks"], block % of["row_blocks"]
-        block, depth = block // of["out_depth"], block % of["out_depth"]
-        image, group = block // of["groups"], block % of["groups"]
-        return image, group, depth, row * of["block_rows"], col * of["block_cols"]
+        where, col = where // of["col_blocks"], where % of["col_blocks"]
+        depth, row = where // of["row_blocks"], where % of["row_blocks"]
+        return depth, row * of["block_rows"], col * of["block_cols"]
+
+    @property
+    def vectors(self) -> Value:
+        """Copies that fill a row of the strip: vectors, or pixels."""
+        length, lanes = self.given["slot_length"], self.shape.lanes
+        return length if self.shape.source == "pixels" else (length + (lanes - 1)) // lanes
 
     # -- gathering ---------------------------------------------------------------------------------------------------
 
-    def gather(self, scratch: Value, image: Value, group: Value, depth: Value, row: Value, col: Value) -> None:
-        """Fill the strip of a block: first a list of what to copy, the same for every channel, then the copies."""
+    def describe(self, scratch: Value, depth: Value, row: Value, col: Value) -> None:
+        """Write down what is to be copied for a block: it is the same for all images, groups and channels."""
         e, of, shape = self.e, self.given, self.shape
-        entries = e.at(scratch, of["entries"])
-        x = e.at(of["x"], image * of["x_image"] + group * of["group_in"] * of["x_channel"], shape.stored)
-        pixels = shape.source == "pixels"
-        vectors = of["slot_length"] if pixels else (of["slot_length"] + (shape.lanes - 1)) // shape.lanes
+        entries, vectors, pixels = e.at(scratch, of["entries"]), self.vectors, shape.source == "pixels"
         size = fields(shape)
 
         def each_slot(j: Value, _: list[Value]) -> Sequence[Value]:
@@ -214,13 +223,15 @@ class _Dense:
             return []
 
         e.loop(of["slot_count"], [], each_slot)
-        copy = {"rows": self.copy_row, "pixels": self.copy_pixel, "table": self.copy_table}[shape.source]
-        count = of["slot_count"] * vectors
 
-        if pixels:
+    def gather(self, scratch: Value, x: Value) -> None:
+        """Fill the strip of a block, channel by channel (or pixel by pixel), as its list says."""
+        e, of, shape = self.e, self.given, self.shape
+        copy = {"rows": self.copy_row, "pixels": self.copy_pixel, "table": self.copy_table}[shape.source]
+        entries, count, size = e.at(scratch, of["entries"]), of["slot_count"] * self.vectors, fields(shape)
+        if shape.source == "pixels":
             e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), [x], scratch))
             return
-
         # What an entry says is read once for some channels.
         most = AT_ONCE if shape.source == "rows" else 1
 
@@ -250,6 +261,7 @@ class _Dense:
         for x in channels:
             parts = [e.load(x, start + p * shape.lanes, mask, shape.stored) for p, mask in enumerate(masks)]
             rows.append(e.every(shape.stride, 0, parts))
+            e.prefetch(e.at(x, self.given["ahead"] + start, shape.stored))
         for i, first in enumerate(range(0, len(rows), shape.steps)):
             e.store(self.together(rows[first : first + shape.steps]), to, self.given["pitch"] * i + at)
         return []
@@ -302,7 +314,15 @@ class _Dense:
     # -- the product -------------------------------------------------------------------------------------------------
 
     def products(
-        self, scratch: Value, part: Value, image: Value, group: Value, depth: Value, row: Value, col: Value
+        self,
+        scratch: Value,
+        part: Value,
+        x: Value,
+        image: Value,
+        group: Value,
+        depth: Value,
+        row: Value,
+        col: Value,
     ) -> None:
         """All tiles of a task: output channels outside, places inside."""
         e, of, shape = self.e, self.given, self.shape
@@ -313,8 +333,7 @@ class _Dense:
         y = image * of["y_image"] + group * of["group_out"] * of["y_channel"] + first * of["y_place"]
         strip = scratch
         if shape.source == "none":
-            corner = image * of["x_image"] + group * of["group_in"] * of["x_channel"] + first * of["x_col"]
-            strip = e.at(of["x"], corner, shape.stored)
+            strip = e.at(of["x"], x + first * of["x_col"], shape.stored)
         channel = group * of["group_out"]
         if shape.over == "places":
             a, b = strip, e.at(of["b"], group * of["b_group"], self.b_type)
@@ -329,6 +348,11 @@ class _Dense:
         def tile(vectors: int, at: Value, a_at: Value, i: Value, count: int) -> None:
             """`count` scalars from i on, and vectors from lane `at` on; the last vector may be a part of one."""
             masks = [None] * (vectors - 1) + [e.tail(lanes_count - at - (vectors - 1) * shape.lanes)]
+            for s in range(count):
+                for v in range(vectors):
+                    e.prefetch(
+                        e.at(of["y"], y + (i + s) * of[scalar_step] + (at + v * shape.lanes), shape.stored), "write"
+                    )
             acc = self.sums(e.at(a, a_at), e.at(b, i * of["b_scalar"], self.b_type), channel, at, i, count, masks)
             for s in range(count):
                 for v, mask in enumerate(masks):

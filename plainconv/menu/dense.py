@@ -31,19 +31,22 @@ STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
 MOST_STRIP_BYTES = 16 << 20
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
-PLACES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
+PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
 
-# Cycles, fitted to some 600 measured ways of 41 layers on one core with AVX-512; they rank ways and algorithms.
+# Cycles, fitted to some 1,000 measured ways of 78 layers on one core with AVX-512; they rank ways and algorithms.
 CYCLES_PER_SECOND = 3.67e9
-PRODUCT = 0.96  # a vector multiplied and added
-STEP = 0.7  # what a step of a tile costs beside its products
-LOAD = 0.15  # and beside each vector it loads
-UNALIGNED = 0.5  # more, if vectors begin anywhere in a line of the cache
-SINGLE_STEP = 4.5  # a step of a single vector
-SINGLE_PRODUCT = 0.4
-FIRST = 3.0  # a vector's beginning and end
-COPY = 6.4  # a vector gathered
-BLOCK = 90.0  # a block's beginning and end
+PRODUCT = 1.01  # a vector multiplied and added
+STEP = 0.4  # what a step of a tile costs beside its products
+LOAD = 0.05  # and beside each vector it loads
+UNALIGNED = 0.2  # more, if vectors begin anywhere in a line of the cache
+SINGLE_STEP = 4.3  # a step of a single vector
+SINGLE_PRODUCT = 0.3
+FIRST = 3.2  # a vector's beginning and end
+COPY = 3.2  # a vector gathered
+TILE = 7.6  # a tile's beginning and end
+ENTRY = 14.0  # an entry in the list of what to copy
+RUN = 20.0  # a row of a channel, in or out, where memory goes on elsewhere
+BLOCK = 100.0  # a block's beginning and end
 FAR = 1.08  # a strip that the core's own cache does not keep
 NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
@@ -139,10 +142,11 @@ def _padded(count: int, to: int) -> int:
 def kind(request: Request) -> Kind:
     """Roles and types of a request."""
     native = natives(cpu.Target.host())
-    pairs = request.dtype is torch.bfloat16 and "pairs" in native and request.problem.group_in % 2 == 0
+    places, channels = not request.channels_last, request.problem.group_in
+    pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or (places and channels > 1))
     element = "double" if request.dtype is torch.float64 else "float"
-    channels = request.problem.group_in // (2 if pairs else 1)
-    return Kind(not request.channels_last, pairs, element, 8 if element == "double" else 4, channels, native)
+    channels = -(-channels // 2) if pairs else channels
+    return Kind(places, pairs, element, 8 if element == "double" else 4, channels, native)
 
 
 def _lanes(request: Request, target: cpu.Target) -> int:
@@ -169,7 +173,9 @@ def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int, load: float
     step = PRODUCT * max(tile.scalars * tile.vectors, 8) + STEP + load * tile.vectors
     one = SINGLE_PRODUCT * max(tile.scalars, 8) + SINGLE_STEP
     sums = tile.scalars * (whole * tile.vectors + single)
-    return -(-scalars // tile.scalars) * (steps * (whole * step + single * one) + FIRST * sums)
+    return -(-scalars // tile.scalars) * (
+        steps * (whole * step + single * one) + FIRST * sums + TILE * (whole + single)
+    )
 
 
 def _blocks(sides: Sides, lanes: int) -> Iterator[tuple[int, int, bool]]:
@@ -208,9 +214,11 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
         strip = strip_of(sides, rows, cols, whole)
         by_row, by_pixel = _pitches(is_, strip, lanes)
         strip_bytes = max(is_.channels * by_row, len(strip.rows) * strip.length * by_pixel) * is_.size
-        blocks = problem.batch * problem.groups * depth.out * -(-high.out // rows) * -(-width.out // cols)
-        copies = is_.channels * len(strip.rows) * -(-strip.length // lanes) * COPY * width.stride
-        filled = math.prod(problem.out) * problem.batch * problem.groups / max(blocks * rows * cols, 1)
+        planes = problem.batch * problem.groups
+        blocks = planes * depth.out * -(-high.out // rows) * -(-width.out // cols)
+        entries = len(strip.rows) * (-(-strip.length // lanes) if is_.places else strip.length)
+        copies = is_.channels * len(strip.rows) * -(-strip.length // lanes) * COPY * min(width.stride, 8)
+        filled = math.prod(problem.out) * planes / max(blocks * rows * cols, 1)
         scalars, vectors = rows * cols, -(-problem.group_out // lanes)
         if is_.places:
             scalars, vectors = problem.group_out, -(-rows * cols // lanes)
@@ -220,7 +228,8 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
             # The weight arrives while the first of a block's tiles along the other factor is at work.
             first = tile.vectors / vectors if is_.places else tile.scalars / scalars
             work += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - work * min(first, 1.0))
-            work += BLOCK + (copies * vector if gathers else 0.0)
+            work += BLOCK + (RUN * (is_.channels * len(strip.rows) + problem.group_out) if is_.places else 0.0)
+            work += copies * vector + ENTRY * entries / max(planes, 1) if gathers else 0.0
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
             parts = min(outputs, PARTS)
             shares = max(min(request.threads, blocks * parts), 1)
@@ -323,7 +332,7 @@ class Packing(NamedTuple):
 def _packing(request: Request, way: Layout, channels_inside: bool) -> Packing | None:
     """None if the weight is used as it lies: its outputs are no lanes, and its pairs are side by side."""
     is_, problem = kind(request), request.problem
-    if is_.places and not (is_.pairs and problem.taps > 1):
+    if is_.places and not (is_.pairs and (problem.taps > 1 or problem.group_in % 2)):
         return None
     vectors, rows = problem.group_out, problem.group_out
     if not is_.places:
@@ -418,6 +427,7 @@ def prepare(
         "shares": way.shares,
         "share": share_bytes // is_.size,
         "entries": strip_bytes // is_.size,
+        "planes": problem.batch * problem.groups,
         "groups": problem.groups,
         "group_in": problem.group_in,
         "group_out": problem.group_out,
@@ -426,6 +436,7 @@ def prepare(
         "x_depth": x.depth,
         "x_row": x.row,
         "x_col": x.col,
+        "ahead": _ahead(problem, x, x_strides[0], way, (high, width)),
         "in_width": width.size,
         "y_image": problem.out_channels * math.prod(problem.out),
         "y_channel": math.prod(problem.out) if is_.places else 1,
@@ -462,6 +473,7 @@ def prepare(
             "w_output": w_strides[0],
             "w_u": packing.u_stride,
             "w_far": packing.far,
+            "alone": packing.u_count - 1 if problem.group_in % 2 else -1,
             "r_u": packing.r_u,
             "r_v": packing.r_v,
             "width": columns,
@@ -478,6 +490,16 @@ def prepare(
         pack_tasks,
         _padded(packing.bytes, ALIGNMENT) if packing else 0,
     )
+
+
+def _ahead(problem: ConvProblem, x: Places, image: int, way: Layout, sides: tuple[Side, Side]) -> int:
+    """From what a block reads to what the next task's does, in elements of the input."""
+    if problem.groups > 1:
+        return problem.group_in * x.channel
+    if problem.batch > 1:
+        return image
+    high, width = sides
+    return way.rows * high.stride * x.row if way.rows < high.out else way.cols * width.stride * x.col
 
 
 def _tables(mode: str, sides: Sides, way: Layout, taps: list[tuple[int, int]]) -> tuple[Tensor, tuple[int, ...]]:
