@@ -26,6 +26,7 @@ MODULES = {
 FLOORS = {
     "version": 0,
     "files": 0,
+    "memory": 0,
     "problem": 0,
     "border": 1,
     "settings": 1,
@@ -273,10 +274,11 @@ CALLS = [
 ]
 
 
-def sample(name: str, groups: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dims = int(name[-2])
-    tensors = torch.randn(2, 4, *(5,) * dims), torch.randn(4, 4 // groups, *(3,) * dims), torch.randn(4)
-    return tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2].requires_grad_()
+def sample(name: str, algorithm: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Input, weight, bias and groups that the algorithm serves."""
+    dims, groups, taps = int(name[-2]), 4 if algorithm == "depthwise" else 2, 1 if algorithm == "pointwise" else 3
+    tensors = torch.randn(2, 4, *(5,) * dims), torch.randn(4, 4 // groups, *(taps,) * dims), torch.randn(4)
+    return tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2].requires_grad_(), groups
 
 
 def test_the_guard_sees_torchs_convolution():
@@ -286,8 +288,7 @@ def test_the_guard_sees_torchs_convolution():
 
 @pytest.mark.parametrize(("name", "algorithm"), CALLS)
 def test_no_convolution_of_torchs_is_called_forward_or_backward(name, algorithm):
-    groups = 4 if algorithm == "depthwise" else 2
-    x, w, b = sample(name, groups)
+    x, w, b, groups = sample(name, algorithm)
     with NoConvolutionOfTorchs():
         result = getattr(plainconv, name)(x, w, b, groups=groups, padding=1, algorithm=algorithm)
         if algorithm in FORWARD_ONLY:
@@ -302,8 +303,8 @@ def test_none_is_called_in_the_plain_way_in(name):
     names = [algorithm for called, algorithm in CALLS if called == name]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for algorithm in names:
-            groups = 4 if algorithm == "depthwise" else 2
-            x, w, b = (tensor.detach() for tensor in sample(name, groups))
+            *tensors, groups = sample(name, algorithm)
+            x, w, b = (tensor.detach() for tensor in tensors)
             getattr(plainconv, name)(x, w, b, groups=groups, padding_mode="circular", padding=1, algorithm=algorithm)
     called = {event.key for event in profile.key_averages()}
     assert any(key.startswith("aten::") for key in called)
