@@ -20,14 +20,13 @@ _MADV_HUGEPAGE = 14
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def in_large_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, fresh and on a CPU, after asking that the large pages it holds in full be given as such."""
+def in_large_pages(tensor: Tensor) -> None:
+    """Ask that the large pages which a fresh tensor on a CPU fills be given as such."""
     if tensor.nbytes >= LARGE and (ask := _asker()) is not None:
         begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
         end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
         if end > begin:
-            ask(begin, end - begin, _MADV_HUGEPAGE)  # what it refuses stays in small pages
-    return tensor
+            ask(begin, end - begin, _MADV_HUGEPAGE)  # what is refused stays in small pages
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
+from plainconv.memory import LARGE, in_large_pages
 from plainconv.menu.base import Tensors
 from plainconv.plan import on_forget, plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
@@ -166,6 +167,7 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Rea
     empty = _empty(first, make)
     shape, strides, dtype, device = empty.shape, empty.stride(), first.dtype, first.device
     how = (tuple(shape), strides)
+    large = device.type == "cpu" and empty.nbytes >= LARGE
     if 0 in shape:
         return lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device)
     if 0 in first.shape or 0 in second.shape:
@@ -175,6 +177,8 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Rea
 
     def call(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.empty_strided(*how, dtype=dtype, device=device)
+        if large:
+            in_large_pages(out)
         run(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
         return out
 
