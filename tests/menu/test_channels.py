@@ -10,7 +10,7 @@ from guarded import guarded
 from plainconv.cpu import channels as kernels
 from plainconv.cpu import compile as cpu
 from plainconv.menu import channels
-from plainconv.menu.base import Algorithm, sum_error
+from plainconv.menu.depthwise import ALGORITHM
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
 BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
@@ -18,8 +18,6 @@ pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_no
 
 every_width = pytest.mark.parametrize("bits", BITS)
 OTHERS = [torch.float64, torch.bfloat16, torch.float16]
-
-ALGORITHM = Algorithm("depthwise", channels.why_not, channels.cost, sum_error, channels.run, fuses=True)
 
 # Where the kernel takes another way: blocks and tails of channels, tiles inside, at the edges and at the end of a row.
 WAYS = {
