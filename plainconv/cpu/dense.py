@@ -33,7 +33,24 @@ from plainconv.cpu.epilogue import finish
 PICKED_STRIDE = 4  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
 AT_ONCE = 4  # channels (or vectors of them) that are copied side by side
 
-POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "slots", "taps", "depth_table", "row_table", "col_table")
+POINTERS = (
+    "x",
+    "a",
+    "b",
+    "bias",
+    "residual",
+    "y",
+    "scratch",
+    "slots",
+    "taps",
+    "reach",
+    "depth_table",
+    "row_table",
+    "col_table",
+)
+# What "reach" has of each depth of the output: the first tap that is not wholly in the padding, how many there are, and
+# the same of the rows of the strip, which are in the same order.
+REACH = 4
 SIZES = (
     "tasks",
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
@@ -68,7 +85,6 @@ SIZES = (
     "slot_count",  # rows of the strip
     "slot_length",  # their length
     "pitch",  # from a channel of the strip to the next (from a place to the next, if channels lie side by side)
-    "tap_count",
     "a_group",
     "a_channel",
     "a_tile",  # from one tile of vectors to the next
@@ -158,7 +174,7 @@ class _Dense:
                 if self.shape.source != "none":
                     e.when(e.compare("ne", where, carried[1]), lambda: self.describe(scratch, *place))
                     source = e.at(of["x"], x, self.shape.stored)
-                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, source))
+                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, source, place[0]))
                 self.products(scratch, part, x, image, group, *place)
                 return [block, where]
 
@@ -224,11 +240,17 @@ class _Dense:
 
         e.loop(of["slot_count"], [], each_slot)
 
-    def gather(self, scratch: Value, x: Value) -> None:
+    def reach(self, depth: Value, place: int) -> Value:
+        """One of the numbers that `reach` has of a depth."""
+        return self.e.scalar(self.given["reach"], depth * REACH + place, "i64")
+
+    def gather(self, scratch: Value, x: Value, depth: Value) -> None:
         """Fill the strip of a block, channel by channel (or pixel by pixel), as its list says."""
         e, of, shape = self.e, self.given, self.shape
         copy = {"rows": self.copy_row, "pixels": self.copy_pixel, "table": self.copy_table}[shape.source]
-        entries, count, size = e.at(scratch, of["entries"]), of["slot_count"] * self.vectors, fields(shape)
+        size = fields(shape)
+        entries = e.at(e.at(scratch, of["entries"]), self.reach(depth, 2) * self.vectors * size, "i64")
+        count = self.reach(depth, 3) * self.vectors
         if shape.source == "pixels":
             e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), [x], scratch))
             return
@@ -353,7 +375,9 @@ class _Dense:
                     e.prefetch(
                         e.at(of["y"], y + (i + s) * of[scalar_step] + (at + v * shape.lanes), shape.stored), "write"
                     )
-            acc = self.sums(e.at(a, a_at), e.at(b, i * of["b_scalar"], self.b_type), channel, at, i, count, masks)
+            acc = self.sums(
+                e.at(a, a_at), e.at(b, i * of["b_scalar"], self.b_type), depth, channel, at, i, count, masks
+            )
             for s in range(count):
                 for v, mask in enumerate(masks):
                     offset = y + (i + s) * of[scalar_step] + (at + v * shape.lanes)
@@ -416,6 +440,7 @@ class _Dense:
         self,
         a: Value,
         b: Value,
+        depth: Value,
         channel: Value,
         lane: Value,
         scalar: Value,
@@ -433,6 +458,8 @@ class _Dense:
             places = [channel + lane + v * shape.lanes for v in range(vectors)]
             each = [e.load(of["bias"], p, mask, shape.stored) for p, mask in zip(places, masks, strict=True)]
             acc = each * scalars
+
+        taps, count = e.at(of["taps"], self.reach(depth, 0) * 2, "i64"), self.reach(depth, 1)
 
         def multiply(acc: Value, a: Value, b: Value) -> Value:
             return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)
@@ -459,10 +486,10 @@ class _Dense:
 
         def each_tap(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
             def tap(t: Value, acc: list[Value]) -> list[Value]:
-                a_shift, b_shift = e.scalar(of["taps"], t * 2, "i64"), e.scalar(of["taps"], t * 2 + 1, "i64")
+                a_shift, b_shift = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
                 return then(e.at(a, a_shift), e.at(b, b_shift, self.b_type), acc)
 
-            return e.loop(of["tap_count"], acc, tap)
+            return e.loop(count, acc, tap)
 
         # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel.
         if shape.one_tap:

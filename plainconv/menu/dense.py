@@ -45,6 +45,7 @@ FIRST = 3.2  # a vector's beginning and end
 COPY = 3.2  # a vector gathered
 TILE = 7.6  # a tile's beginning and end
 ENTRY = 14.0  # an entry in the list of what to copy
+PIXEL = 6.0  # a pixel gathered
 RUN = 20.0  # a row of a channel, in or out, where memory goes on elsewhere
 BLOCK = 100.0  # a block's beginning and end
 FAR = 1.08  # a strip that the core's own cache does not keep
@@ -52,7 +53,9 @@ NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
 HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
-BYTES_PER_SECOND = 15e9
+BYTES_PER_SECOND = 25e9  # of memory
+CACHED = 100e9  # of the cache that cores share
+CACHE = 16 << 20
 LAUNCH_S = 6e-6
 THREADS_S = 4e-6
 
@@ -204,7 +207,7 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
     depth, high, width = sides
     lanes = _lanes(request, target)
     register = lanes * is_.size * 8
-    vector = register / 512 * (HALF_REGISTER if register < target.bits else 1.0)  # cycles
+    vector = 1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0)  # cycles
     spare = target.registers - (2 if target.fma else 3)
     steps = is_.channels * problem.taps
     weight = problem.group_out * steps * is_.size
@@ -217,7 +220,10 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
         planes = problem.batch * problem.groups
         blocks = planes * depth.out * -(-high.out // rows) * -(-width.out // cols)
         entries = len(strip.rows) * (-(-strip.length // lanes) if is_.places else strip.length)
-        copies = is_.channels * len(strip.rows) * -(-strip.length // lanes) * COPY * min(width.stride, 8)
+        if is_.places:
+            copies = is_.channels * entries * COPY * min(width.stride, 8)
+        else:
+            copies = entries * (-(-is_.channels // lanes) * COPY + PIXEL)
         filled = math.prod(problem.out) * planes / max(blocks * rows * cols, 1)
         scalars, vectors = rows * cols, -(-problem.group_out // lanes)
         if is_.places:
@@ -456,7 +462,6 @@ def prepare(
         "slot_count": len(strip.rows),
         "slot_length": strip.length,
         "pitch": by_pixel if source == "pixels" else by_row,
-        "tap_count": problem.taps,
         **factors,
     }
     tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, taps)
@@ -512,13 +517,37 @@ def _tables(mode: str, sides: Sides, way: Layout, taps: list[tuple[int, int]]) -
         (blocks[1] * way.cols + way.strip.length + way.lanes) * width.stride + (width.kernel - 1) * width.dilation + 1,
     )
     shown = [_shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
-    parts = [torch.tensor(way.strip.rows).flatten(), torch.tensor(taps).flatten(), *shown]
+    reach = _reach(mode, depth, way.strip, len(taps))
+    parts = [
+        torch.tensor(way.strip.rows).flatten(),
+        torch.tensor(taps).flatten(),
+        torch.tensor(reach).flatten(),
+        *shown,
+    ]
     tables = torch.cat(parts)
     begins, begin = [], tables.data_ptr()
     for part in parts:
         begins.append(begin)
         begin += part.nbytes
     return tables, tuple(begins)
+
+
+def _inside(mode: str, depth: Side) -> list[tuple[int, int]]:
+    """For each depth of the output, the first tap along it that is not in the padding, and how many there are."""
+    shown = _shown(depth, mode, 0, (depth.out - 1) * depth.stride + (depth.kernel - 1) * depth.dilation + 1)
+    each = (
+        [k for k in range(depth.kernel) if shown[z * depth.stride + k * depth.dilation] >= 0] for z in range(depth.out)
+    )
+    return [(real[0], real[-1] + 1 - real[0]) if real else (0, 1) for real in each]
+
+
+def _reach(mode: str, depth: Side, strip: Strip, taps: int) -> list[list[int]]:
+    """For each depth of the output, which taps and rows of the strip are not wholly in the padding."""
+    each, reach = taps // depth.kernel, []
+    for first, count in _inside(mode, depth):
+        rows = [i for i, row in enumerate(strip.rows) if 0 <= row[0] - first * depth.dilation < count * depth.dilation]
+        reach.append([first * each, count * each, rows[0], len(rows)])
+    return reach
 
 
 def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> tuple[int, int]:
@@ -571,11 +600,17 @@ def cost(request: Request) -> Cost:
     problem, way, packing = request.problem, natural(request), None
     packing = _packing(request, way, False)
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    work = way.cycles / way.shares
+    work = way.cycles / way.shares * _real(problem)
     if packing:
         work += 2 * packing.bytes / (FAR_BYTES if packing.bytes > FAR_WEIGHT else NEAR_BYTES) / max(request.threads, 1)
-    seconds = max(work / CYCLES_PER_SECOND, moved / BYTES_PER_SECOND) + LAUNCH_S
+    seconds = max(work / CYCLES_PER_SECOND, moved / (CACHED if moved < CACHE else BYTES_PER_SECOND)) + LAUNCH_S
     return Cost(problem.multiplies, moved, workspace_bytes(request), seconds + THREADS_S * (way.shares > 1))
+
+
+def _real(problem: ConvProblem) -> float:
+    """The share of a kernel's depth that is not in the padding."""
+    depth = folded(problem)[0]
+    return sum(count for _, count in _inside(problem.padding_mode, depth)) / max(depth.kernel * depth.out, 1)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -217,10 +217,25 @@ def test_the_weight_of_a_small_map_is_not_packed():
 
 
 def test_a_workspace_is_kept_small_on_request():
-    asked = asked_for("n1 c64 o64 x64x64 k3x3 p1")
-    few = dataclasses.replace(asked, max_workspace=200_000)
-    assert direct.ALGORITHM.cost(few).workspace <= 200_000 < direct.ALGORITHM.cost(asked).workspace
+    asked = asked_for("n1 c256 o16 x64x64 k3x3 p1")
+    few = dataclasses.replace(asked, max_workspace=direct.ALGORITHM.cost(asked).workspace // 2)
+    assert direct.ALGORITHM.cost(few).workspace <= few.max_workspace
     check(direct.ALGORITHM, few, integers)
+
+
+@both_layouts
+def test_taps_wholly_in_the_padding_are_skipped(channels_last):
+    """Of 3 depths of the kernel only one meets an input of depth 1: an infinity in the others is not seen."""
+    asked = asked_for("n1 c2 o8 x1x5x20 k3x3x3 p1", channels_last=channels_last)
+    first, second, *_ = given(asked, integers)
+    second[:, :, 0], second[:, :, 2] = torch.inf, torch.nan
+    expected = torch.nn.functional.conv2d(first[:, :, 0], second[:, :, 1], padding=1)
+    out = torch.full(asked.problem.output_shape, torch.nan)
+    if channels_last:
+        first, second, out = map(in_channels_last, (first, second, out))
+    workspace = torch.empty(direct.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
+    direct.ALGORITHM.run(asked, Tensors(first, second), out, workspace)
+    assert torch.equal(out[:, :, 0], expected)
 
 
 def test_tile_counts_of_the_kernel():
