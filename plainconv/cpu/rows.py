@@ -23,7 +23,8 @@ so that an input row is loaded once for all taps of a chunk and all output rows:
 Memory may hold half types: they become float when they are loaded, and are rounded once, when they are stored.  The
 epilogue (residual, activation) is applied to the sums before that.
 
-A row of the border is a row of zeros, named by a table (-1), and multiplied as any other.  Along the width most
+A row of the border is a row of zeros, named by a table (-1), and multiplied as any other; a plane of the border is
+left out, but for the zeros that its weights would give.  Along the width most
 columns lie inside, where loads need no care.  The columns at the edges (and those that do not fill a tile) load under
 masks: lanes in the border are zeros and nothing outside is read; for the other padding modes they are gathered through
 a table.  A stride of more than 4 gathers, and so does an input whose rows are not contiguous (`spread`).
@@ -72,10 +73,11 @@ class Shape:
     """All that the text of a kernel depends on.
 
     element is the type of the sums, stored that of memory, native what `Emit` may leave to the processor.  kernel, and
-    stride and dilation of rows and width; `sides`: whether the width has a "mask" border or reads a "table"; `spread`:
-    whether the pixels of an input row lie apart.  The tile: outputs (`one_tile`: there are no more), rest (a last tile
-    of fewer, or 0), rows, vectors, and `inner`: how many taps of the rows are unrolled, so that output rows share the
-    input rows they load.  registers: how many the processor has.
+    stride and dilation of rows and width; `thick`: whether there are taps or a border along the depth; `sides`: whether
+    the width has a "mask" border or reads a "table"; `spread`: whether the pixels of an input row lie apart.  The tile:
+    outputs (`one_tile`: there are no more), rest (a last tile of fewer, or 0), rows, vectors, and `inner`: how many
+    taps of the rows are unrolled, so that output rows share the input rows they load.  registers: how many the
+    processor has.
     """
 
     element: str
@@ -83,6 +85,7 @@ class Shape:
     native: frozenset[str]
     lanes: int
     kernel: tuple[int, int, int]
+    thick: bool
     stride: tuple[int, int]
     dilation: tuple[int, int]
     sides: str
@@ -183,10 +186,12 @@ class _Rows:
         self.given = dict(zip((*POINTERS, *SIZES), given, strict=True))
         if shape.one_channel:
             self.given["group_in"] = e.number(1)
-        count = shape.kernel[0] * shape.chunks * len(shape.places)
-        self.starts = e.opaque(e.stack("ptr", count))  # where each input row of the first channel begins
-        self.jumps = None if shape.one_channel else e.opaque(e.stack("i64", count))  # from there to the next channel
-        self.pixels = e.opaque(e.stack("i64", count)) if shape.spread else None  # and from pixel to pixel
+        # Where each input row begins in the first channel and depth; whether it lies elsewhere in others (all bits set;
+        # no bit for a row of the border); and how far its pixels lie apart, if they do.
+        count = shape.chunks * len(shape.places)
+        self.starts = e.opaque(e.stack("ptr", count))
+        self.moves = e.opaque(e.stack("i64", count)) if shape.thick or not shape.one_channel else None
+        self.pixels = e.opaque(e.stack("i64", count)) if shape.spread else None
 
     def kernel(self) -> str:
         e, of = self.e, self.given
@@ -214,31 +219,24 @@ class _Rows:
     def fill(self, image: Value, group: Value, d: Value, block: Value) -> None:
         """Write down where the input rows of a task begin; a row of the border is the row of zeros."""
         e, of, shape = self.e, self.given, self.shape
-        depth, chunks, count = shape.kernel[0], shape.chunks, len(shape.places)
+        count = len(shape.places)
         x = e.address(of["x"]) + image * of["x_image"] + group * of["group_in"] * of["x_channel"]
+        if not shape.thick:
+            x = x + e.scalar(of["depth_table"], d, "i64") * of["x_depth"]
         zeros = e.address(of["zeros"])
 
-        def each_depth(kd: Value, _: list[Value]) -> Sequence[Value]:
-            plane = e.scalar(of["depth_table"], d * depth + kd, "i64")
-            least = e.select(plane >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
-            start = x + plane * of["x_depth"]
-
-            def each_chunk(chunk: Value, _: list[Value]) -> Sequence[Value]:
-                for i in range(count):
-                    row = e.scalar(of["row_table"], (block * chunks + chunk) * count + i, "i64")
-                    slot = (kd * chunks + chunk) * count + i
-                    real = row >= least
-                    e.put(e.select(real, start + row * of["x_row"], zeros), self.starts, slot)
-                    if self.jumps is not None:
-                        e.put(e.select(real, of["x_channel"], e.number(0)), self.jumps, slot)
-                    if self.pixels is not None:
-                        e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
-                return []
-
-            e.loop(chunks, [], each_chunk)
+        def each_chunk(chunk: Value, _: list[Value]) -> Sequence[Value]:
+            for i in range(count):
+                row = e.scalar(of["row_table"], (block * shape.chunks + chunk) * count + i, "i64")
+                real, slot = row >= 0, chunk * count + i
+                e.put(e.select(real, x + row * of["x_row"], zeros), self.starts, slot)
+                if self.moves is not None:
+                    e.put(e.select(real, e.number(-1), e.number(0)), self.moves, slot)
+                if self.pixels is not None:
+                    e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
             return []
 
-        e.loop(depth, [], each_depth)
+        e.loop(shape.chunks, [], each_chunk)
 
     def columns(self, image: Value, group: Value, d: Value, row: Value) -> None:
         e, of, shape = self.e, self.given, self.shape
@@ -253,7 +251,7 @@ class _Rows:
                 channel = group * of["group_out"] + first
                 column = vector * shape.lanes
                 vectors = 1 if edge else shape.vectors
-                acc = self.sums(channel, count, column, vectors, edge)
+                acc = self.sums(channel, count, d, column, vectors, edge)
                 mask = e.load_mask(edge, 0) if edge else None
                 if shape.order != sorted(shape.order) and not (edge and shape.sides == "table"):
                     back = [shape.order.index(lane) for lane in range(shape.lanes)]
@@ -290,7 +288,9 @@ class _Rows:
         e.loop(of["inside"], [], inside)
         e.loop(of["single"], [], edge)
 
-    def sums(self, channel: Value, outputs: int, column: Value, vectors: int, edge: Value | None) -> list[Value]:
+    def sums(
+        self, channel: Value, outputs: int, d: Value, column: Value, vectors: int, edge: Value | None
+    ) -> list[Value]:
         """The accumulators [outputs, rows, vectors] of one tile."""
         e, of, shape = self.e, self.given, self.shape
         depth, high, width = shape.kernel
@@ -305,19 +305,19 @@ class _Rows:
         def each_channel(c: Value, acc: list[Value]) -> Sequence[Value]:
             w_channel = e.at(w, c * (depth * high * width), shape.stored)
 
-            def chunk(kd: Value, number: Value | int, inner: int, acc: list[Value]) -> list[Value]:
-                starts = {}
+            def chunk(kd: Value, moved: Value, number: Value | int, inner: int, acc: list[Value]) -> list[Value]:
+                rows = {}
                 wanted = {r * shape.stride[0] + k * shape.dilation[0] for r in range(shape.rows) for k in range(inner)}
                 for i, place in enumerate(shape.places):
                     if place in wanted:
-                        slot = (kd * shape.chunks + number) * len(shape.places) + i
+                        slot = e.number(number) * len(shape.places) + i
                         start = e.scalar(self.starts, slot, "ptr")
-                        if self.jumps is not None:
-                            start = e.at(start, c * e.scalar(self.jumps, slot, "i64"), "i8")
+                        if self.moves is not None:
+                            start = e.at(start, e.integer("and", moved, e.scalar(self.moves, slot, "i64")), "i8")
                         pixel = None if self.pixels is None else e.scalar(self.pixels, slot, "i64")
-                        starts[place] = _Row(start, pixel)
+                        rows[place] = _Row(start, pixel)
                 w_chunk = e.at(w_channel, (kd * high + e.number(number) * shape.inner) * width, shape.stored)
-                tile = _Tile(outputs, vectors, inner, starts, edge)
+                tile = _Tile(outputs, vectors, inner, rows, edge)
                 if shape.unrolled:
                     for taps in shape.groups:
                         acc = self.group(acc, tile, w_chunk, left, 0, taps)
@@ -329,12 +329,36 @@ class _Rows:
 
                 return e.loop(width, acc, each_tap)
 
-            def each_depth(kd: Value, acc: list[Value]) -> Sequence[Value]:
+            def plane(kd: Value, moved: Value, acc: list[Value]) -> list[Value]:
                 whole, rest = divmod(high, shape.inner)
-                acc = e.loop(whole, acc, lambda number, acc: chunk(kd, number, shape.inner, acc))
-                return chunk(kd, whole, rest, acc) if rest else acc
+                acc = e.loop(whole, acc, lambda number, acc: chunk(kd, moved, number, shape.inner, acc))
+                return chunk(kd, moved, whole, rest, acc) if rest else acc
 
-            return e.loop(depth, acc, each_depth)
+            moved = c * of["x_channel"]
+            if not shape.thick:
+                return plane(e.number(0), moved, acc)
+            shown = e.at(of["depth_table"], d * (2 + depth), "i64")
+            first, count = e.scalar(shown, 0, "i64"), e.scalar(shown, 1, "i64")
+
+            def each_plane(i: Value, acc: list[Value]) -> Sequence[Value]:
+                kd = first + i
+                return plane(kd, moved + e.scalar(shown, kd + 2, "i64") * of["x_depth"], acc)
+
+            def nothing(i: Value, acc: list[Value]) -> Sequence[Value]:
+                """A plane of the border: each weight times zero, which is NaN if it is not finite, and else nothing."""
+                taps = e.at(w_channel, e.select(i < first, i, i + count) * (high * width), shape.stored)
+                products = shape.kernel[0] * high * width
+
+                def each_tap(k: Value, total: list[Value]) -> Sequence[Value]:
+                    at = [of["group_in"] * (products * o) + k for o in range(outputs)]
+                    weights = [e.broadcast(e.scalar(taps, o, shape.stored)) for o in at]
+                    return [e.fma(weight, e.zero, old) for weight, old in zip(weights, total, strict=True)]
+
+                total = e.loop(high * width, [e.zero] * outputs, each_tap)
+                each = shape.rows * vectors
+                return [e.add(old, total[i // each]) for i, old in enumerate(acc)]
+
+            return e.loop(depth - count, e.loop(count, acc, each_plane), nothing)
 
         return e.loop(1 if shape.one_channel else of["group_in"], acc, each_channel)
 
@@ -353,7 +377,7 @@ class _Rows:
             for kx in taps
         }
         load = self.loader(left, begin, taps, tile.edge)
-        for place, start in tile.starts.items():
+        for place, row in tile.rows.items():
             meets = [
                 (r, k)
                 for r in range(shape.rows)
@@ -361,7 +385,7 @@ class _Rows:
                 if r * shape.stride[0] + k * shape.dilation[0] == place
             ]
             for v in range(tile.vectors):
-                for kx, x in zip(taps, load(start, v), strict=True):
+                for kx, x in zip(taps, load(row, v), strict=True):
                     for r, k in meets:
                         for o in range(tile.outputs):
                             i = (o * shape.rows + r) * tile.vectors + v
@@ -478,5 +502,5 @@ class _Tile:
     outputs: int
     vectors: int
     inner: int
-    starts: dict[int, _Row]
+    rows: dict[int, _Row]
     edge: Value | None

@@ -40,11 +40,14 @@ THREADS_S = 4e-6  # waking torch's threads
 
 
 # The tile is chosen by these, in cycles of a core in which a vector is multiplied and added in one.
-ROWS = 14  # of a tile, at most: the maps of most networks are 7 * 2^n high
+ROWS = 14  # of a tile, at most
+HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
 INNER = 9  # taps of the rows that are unrolled, at most; of a longer kernel, as many in each turn
 LOAD = 1.6  # a vector across two cache lines
+HIDDEN_LOADS = 0.3  # of the shorter of loads and products, the part that the longer does not hide
 BROADCAST = 1.3  # a weight
-TASK = 40.0  # addresses and the like
+PLACE = 1.0  # the address of an input row
+TASK = 40.0
 
 
 class Layout(Enum):
@@ -127,11 +130,12 @@ def lanes_of(request: Request, target: cpu.Target) -> int:
 def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
     """The tile that should be quickest, of those whose sums, weights and input fit the registers."""
     problem = request.problem
-    _, high, width = folded(problem)
+    high = folded(problem)[1]
     if high.out == 1:
         counts = [(1, vectors) for vectors in (8, 4, 2, 1)]
     else:
-        counts = [(count, 1) for count in range(min(ROWS, high.out), 0, -1)]
+        low = high.out <= 2 * ROWS
+        counts = [(count, 1) for count in (range(min(ROWS, high.out), 0, -1) if low else HIGH)]
     tiles = [
         Tile(outputs, count, vectors, inner)
         for outputs in {
@@ -141,23 +145,28 @@ def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
         for inner in {1, -(-high.kernel // -(-high.kernel // INNER))}
         if outputs <= most_outputs and _fits(Tile(outputs, count, vectors, inner), problem, target)
     ]
-    return min(tiles, key=lambda tile: (_cycles(problem, tile, high, width), tile))
+    return min(tiles, key=lambda tile: (_cycles(request, target, tile), tile))
 
 
 def _fits(tile: Tile, problem: ConvProblem, target: cpu.Target) -> bool:
     """Whether sums and weights stay in registers; LLVM needs more room for what a stride picks, and around loops."""
     depth, _, width = folded(problem)
-    crowded = (1 < width.stride <= rows.PICKED_STRIDE) + (depth.kernel > 1)
+    picks = 1 < width.stride <= rows.PICKED_STRIDE
+    crowded = picks + (depth.kernel > 1)
     sums, weights = tile.outputs * tile.rows * tile.vectors, tile.outputs * tile.inner
     if sums == 1:
         return True
+    if picks and tile.outputs > 1 and (tile.outputs > 4 or tile.inner > 1):
+        return False
     room = target.registers * 3 // 4 * 2**crowded // 3**crowded
-    most_rows = -(-ROWS // 2**crowded)
-    return tile.rows <= most_rows and sums <= room and sums + weights + 2 + 2 * crowded <= target.registers
+    most_rows = -(-ROWS // 2 ** min(crowded, 1))
+    return tile.rows <= most_rows and sums <= room and sums + weights + 3 + min(crowded, 1) <= target.registers
 
 
-def _cycles(problem: ConvProblem, tile: Tile, high: Side, width: Side) -> float:
+def _cycles(request: Request, target: cpu.Target, tile: Tile) -> float:
     """Of a column of one vector: rough, to compare tiles."""
+    problem = request.problem
+    _, high, width = folded(problem)
     picked = width.stride if width.stride <= rows.PICKED_STRIDE else 16
     places = min((tile.rows - 1) * high.stride + (tile.inner - 1) * high.dilation + 1, tile.rows * tile.inner)
     loaded = picked if picked > 1 else width.kernel  # of each place, for all taps along the width
@@ -165,11 +174,11 @@ def _cycles(problem: ConvProblem, tile: Tile, high: Side, width: Side) -> float:
     loads += tile.outputs * tile.inner * width.kernel * BROADCAST
     products = tile.outputs * tile.rows * tile.vectors * tile.inner * width.kernel
     products += places * tile.vectors * max(width.kernel - picked, 0) * (picked > 1)  # lanes that come from behind
-    chunk = max(products, loads) + 0.2 * min(products, loads)
+    register = min(1.0, lanes_of(request, target) * compute_dtype(request.dtype).itemsize * 8 / 512)
+    chunk = register * (max(products, loads) + HIDDEN_LOADS * min(products, loads)) + places * PLACE
     chunks = problem.group_in * math.prod(problem.kernel) / (high.kernel * width.kernel) * -(-high.kernel // tile.inner)
-    # How often it is run: a low picture has idle rows, in a high one they do not count.
-    times = -(-high.out // tile.rows) if high.out <= 2 * ROWS else high.out / tile.rows
-    return -(-problem.group_out // tile.outputs) * times / tile.vectors * (chunks * chunk + TASK)
+    times = -(-problem.group_out // tile.outputs) * -(-high.out // tile.rows) / tile.vectors
+    return times * (chunks * chunk + TASK)
 
 
 class Cut(NamedTuple):
@@ -198,6 +207,7 @@ def shape_of(request: Request, target: cpu.Target, tile: Tile, layout: Layout = 
         native=natives(target) & {"half"} if request.dtype is torch.float16 else frozenset(),
         lanes=lanes_of(request, target),
         kernel=(depth.kernel, high.kernel, width.kernel),
+        thick=depth.kernel > 1 or depth.padding != (0, 0),
         stride=(high.stride, width.stride),
         dilation=(high.dilation, width.dilation),
         sides="table" if bordered else "mask",
@@ -274,6 +284,9 @@ def _tables(request: Request, shape: rows.Shape, parts: Cut, sides: Sequence[Sid
     (depth, high, width), mode = sides, request.problem.padding_mode
     taps = [_shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
     by_depth = torch.stack(taps, 1)  # [depth, tap]
+    if shape.thick:  # before them: the first tap that shows an element, and how many do
+        shows = (by_depth >= 0).to(torch.int64)
+        by_depth = torch.cat([shows.argmax(1, keepdim=True), shows.sum(1, keepdim=True), by_depth], 1)
     first = (torch.arange(parts.blocks) * shape.rows).clamp(max=high.out - shape.rows) * high.stride
     chunk = torch.arange(shape.chunks).view(-1, 1) * (shape.inner * high.dilation)
     wanted = first.view(-1, 1, 1) + chunk + torch.tensor(shape.places)
@@ -282,8 +295,7 @@ def _tables(request: Request, shape: rows.Shape, parts: Cut, sides: Sequence[Sid
     if shape.sides == "table":
         last = (-(-width.out // shape.lanes) * shape.lanes - 1) * width.stride + (width.kernel - 1) * width.dilation
         by_width = _shown(width, mode, 0, last + 1)
-    outside = bool((by_depth < 0).any() or (by_row < 0).any())
-    zeros = torch.zeros(width.size if outside else 0, dtype=request.dtype)
+    zeros = torch.zeros(width.size if bool((by_row < 0).any()) else 0, dtype=request.dtype)
     return by_depth, by_row, by_width, _masks(width, shape, parts), zeros
 
 
