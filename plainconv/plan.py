@@ -8,6 +8,7 @@ on the request and the records alone, never on values.  Nothing is measured unle
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,19 @@ class Verdict:
         return self.cost.seconds if self.cost else float("inf")
 
 
+KEPT = 2 << 20  # bytes of scratch memory that a thread keeps from call to call
+_kept = threading.local()
+
+
+def _take(size: int) -> Tensor:
+    """The scratch memory that this thread keeps, if it is large enough, else new; while it is used, nobody keeps it."""
+    workspace: Tensor | None = getattr(_kept, "workspace", None)
+    if workspace is None or len(workspace) < size:
+        return torch.empty(size, dtype=torch.uint8)
+    _kept.workspace = None
+    return workspace
+
+
 @dataclass(frozen=True)
 class Plan:
     """An algorithm chosen for a request; call it with the tensors and the result to fill, or bind it once for many."""
@@ -66,11 +80,15 @@ class Plan:
         """The call, for tensors that have the strides of these; nothing is looked up in it twice."""
         request, algorithm, size = self.request, self.algorithm, self.cost.workspace
         run = algorithm.bind(request, tensors) if algorithm.bind else partial(algorithm.run, request)
-        none = torch.empty(0, dtype=torch.uint8, device=tensors.first.device)
+        device = tensors.first.device
+        kept = size <= KEPT and device.type == "cpu"
         unfinished = not algorithm.fuses and (request.has_residual or request.activation is not None)
 
         def call(tensors: Tensors, out: Tensor) -> None:
-            run(tensors, out, torch.empty(size, dtype=torch.uint8, device=out.device) if size else none)
+            workspace = _take(size) if kept else torch.empty(size, dtype=torch.uint8, device=device)
+            run(tensors, out, workspace)
+            if kept:
+                _kept.workspace = workspace
             if unfinished:
                 finish(request, tensors, out)
 

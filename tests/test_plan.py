@@ -183,6 +183,30 @@ def test_a_plan_runs():
 # -- warnings --------------------------------------------------------------------------------------------------------
 
 
+def test_scratch_memory_is_kept_for_the_next_call_and_lent_to_one_at_a_time(monkeypatch):
+    """A call in the middle of another (a signal handler, a finaliser) gets memory of its own."""
+    seen = []
+
+    def run(request, tensors, out, workspace):
+        assert len(workspace) >= 1000
+        workspace[:1000] = len(seen)
+        seen.append(workspace.data_ptr())
+        mine = len(seen) - 1
+        if mine == 1:
+            chosen(Tensors(x, x), y)
+        assert (workspace[:1000] == mine).all()
+        out.fill_(0)
+
+    problem = ConvProblem.parse("n1 c1 o1 x1 k1")
+    asked = Request(problem, Direction.FORWARD, torch.float32)
+    algorithm = dataclasses.replace(BY_NAME["shift"], run=run, bind=None)
+    cost = algorithm.cost(asked)._replace(workspace=1000)
+    chosen, x, y = plans.Plan(asked, algorithm, cost), torch.ones(1, 1, 1), torch.empty(1, 1, 1)
+    for _ in range(3):
+        chosen(Tensors(x, x), y)
+    assert seen[0] == seen[1] != seen[2]
+
+
 def only_the_reference(problem):
     """A request for which nothing but the reference is quick enough to be chosen."""
     return request(problem, Direction.FORWARD, torch.int32, device="cuda")

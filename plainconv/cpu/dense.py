@@ -33,21 +33,8 @@ from plainconv.cpu.epilogue import finish
 PICKED_STRIDE = 4  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
 AT_ONCE = 4  # channels (or vectors of them) that are copied side by side
 
-POINTERS = (
-    "x",
-    "a",
-    "b",
-    "bias",
-    "residual",
-    "y",
-    "scratch",
-    "slots",
-    "taps",
-    "reach",
-    "depth_table",
-    "row_table",
-    "col_table",
-)
+POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "settled")  # what changes with every call
+TABLES = ("slots", "taps", "reach", "depth_table", "row_table", "col_table")  # addresses, and then SIZES: in "settled"
 # What "reach" has of each depth of the output: the first tap that is not wholly in the padding, how many there are, and
 # the same of the rows of the strip, which are in the same order.
 REACH = 4
@@ -136,7 +123,7 @@ MOST_FIELDS = 2 + PICKED_STRIDE
 
 @lru_cache(512)
 def text(shape: Shape) -> str:
-    """The kernel of this shape: POINTERS and SIZES are its arguments, tasks are shares."""
+    """The kernel of this shape: POINTERS are its arguments, tasks are shares."""
     return _Dense(shape).kernel()
 
 
@@ -152,8 +139,9 @@ class _Dense:
         # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
         as_it_lies = shape.over == "places" or shape.source == "none"
         self.b_type = shape.stored if as_it_lies and not shape.pairs else shape.element
-        given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
-        self.given = of = dict(zip((*POINTERS, *SIZES), given, strict=True))
+        given = e.arguments(*("ptr",) * len(POINTERS))
+        settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
+        self.given = of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
         self.channels = (of["group_in"] + (shape.steps - 1)) // shape.steps
 
     def kernel(self) -> str:

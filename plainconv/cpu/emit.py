@@ -148,11 +148,11 @@ class Emit:
 
     # -- integers ----------------------------------------------------------------------------------------------------
 
-    def arguments(self, *types: str) -> list[Value]:
-        """args[0], args[1], ... as values of these types, "ptr" or "i64"."""
-        values = []
+    def arguments(self, *types: str, within: Value | None = None) -> list[Value]:
+        """args[0], args[1], ... as values of these types, "ptr" or "i64"; or the same of another array like args."""
+        values, array = [], within.text if within else "%args"
         for place, type_ in enumerate(types):
-            address = self._emit(f"getelementptr i64, ptr %args, i64 {place}", "ptr")
+            address = self._emit(f"getelementptr i64, ptr {array}, i64 {place}", "ptr")
             values.append(self._emit(f"load {type_}, ptr {address.text}, !invariant.load !{{}}", type_))
         return values
 

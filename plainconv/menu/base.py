@@ -54,7 +54,7 @@ class Algorithm:
     cost      a pure function of the request
     error     a bound for |result - exact| in units of eps(compute type) * sum of |products|, the sum being that of each
               element where products are summed as they are (then small integers are exact), else the largest
-    run       fills `out` from the tensors, with `workspace` (uint8, cost(request).workspace bytes) as scratch
+    run       fills `out` from the tensors, with `workspace` (uint8, at least cost(request).workspace bytes) as scratch
     version   raised when the code changes, so that old measurements are ignored
     fuses     whether run adds the residual and applies the activation; else they are left to `finish`
     bind      optional: run for a request and for tensors of the strides of those given, whose values are not looked at;

@@ -224,12 +224,15 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
             copies = is_.channels * entries * COPY * min(width.stride, 8)
         else:
             copies = entries * (-(-is_.channels // lanes) * COPY + PIXEL)
-        filled = math.prod(problem.out) * planes / max(blocks * rows * cols, 1)
-        scalars, vectors = rows * cols, -(-problem.group_out // lanes)
-        if is_.places:
-            scalars, vectors = problem.group_out, -(-rows * cols // lanes)
-        for tile in _tiles(scalars, vectors, spare):
-            work = _tile_cycles(scalars, vectors, tile, steps, load) * filled * vector
+        # Places of a block, and of the last one of a row (or of an image), which may be smaller.
+        count = -(-high.out // rows) if whole else -(-width.out // cols)
+        most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
+        for tile in _tiles(*_factors(is_, problem, most, lanes), spare):
+            full, less = (
+                _tile_cycles(*_factors(is_, problem, places, lanes), tile, steps, load) for places in (most, last)
+            )
+            work = (full * (count - 1) + less) / count * vector
+            scalars, vectors = _factors(is_, problem, most, lanes)
             work *= FAR if strip_bytes > STRIP_BYTES else 1.0
             # The weight arrives while the first of a block's tiles along the other factor is at work.
             first = tile.vectors / vectors if is_.places else tile.scalars / scalars
@@ -243,6 +246,13 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
             one = Layout(rows, cols, strip, tile, lanes, gathers, parts, shares, blocks * work * idle)
             found.append((strip_bytes if gathers else 0, one))
     return found
+
+
+def _factors(is_: Kind, problem: ConvProblem, places: int, lanes: int) -> tuple[int, int]:
+    """How many scalars and vectors the product of a block has."""
+    if is_.places:
+        return problem.group_out, -(-places // lanes)
+    return places, -(-problem.group_out // lanes)
 
 
 def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
@@ -359,9 +369,8 @@ class Prepared:
     """Compiled kernels with all of their arguments but the tensors'."""
 
     kernel: cpu.Kernel
-    tables: Tensor  # keeps alive what the addresses below point to
-    addresses: tuple[int, ...]
-    sizes: tuple[int, ...]
+    settled: Tensor  # where the tables are, and the sizes
+    tables: Tensor
     shares: int
     packs: cpu.Kernel | None
     pack_sizes: tuple[int, ...]
@@ -486,9 +495,8 @@ def prepare(
         pack_tasks = problem.groups * packing.vectors
     return Prepared(
         cpu.compile(dense.text(shape), target),
+        torch.tensor([*addresses, *(sizes[name] for name in dense.SIZES)]),
         tables,
-        addresses,
-        tuple(sizes[name] for name in dense.SIZES),
         way.shares,
         packs,
         tuple(pack_sizes[name] for name in pack.SIZES) if packs else (),
@@ -627,7 +635,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     copies_bias = bias is not None and not bias.is_contiguous()
     w_strides = w.contiguous().stride() if copies_w else w.stride()
     ready = prepare(request, x.stride(), w_strides, channels_inside)
-    behind, threads, places = (*ready.addresses, *ready.sizes), request.threads, is_.places
+    settled, threads, places = ready.settled.data_ptr(), request.threads, is_.places
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
@@ -648,7 +656,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
             0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
             scratch,
+            settled,
         )
-        launch(ready.kernel, (*pointers, *behind), ready.shares, threads)
+        launch(ready.kernel, pointers, ready.shares, threads)
 
     return call
