@@ -479,9 +479,16 @@ class _Dense:
 
             return e.loop(count, acc, tap)
 
+        def only_step(c: Value, acc: list[Value]) -> list[Value]:
+            here = e.at(b, c * of["b_channel"], self.b_type)
+            if shape.source == "none" and shape.over == "outputs" and scalars > 1:
+                # Nobody has touched these pixels before: the next ones are asked for, spread over the channels.
+                e.prefetch(e.at(here, of["b_scalar"] * scalars + c * (scalars - 1), self.b_type))
+            return step(e.at(a, c * of["a_channel"]), here, acc)
+
         # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel.
         if shape.one_tap:
-            return each_channel(a, b, acc, step)
+            return e.loop(self.channels, acc, only_step)
         if shape.over == "places":
             return each_channel(a, b, acc, lambda a, b, acc: each_tap(a, b, acc, step))
         return each_tap(a, b, acc, lambda a, b, acc: each_channel(a, b, acc, step))
