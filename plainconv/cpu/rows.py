@@ -45,6 +45,8 @@ from plainconv.cpu.epilogue import finish
 PICKED_STRIDE = 4  # up to this stride, lanes are picked out of whole vectors; beyond, they are gathered
 UNROLLED = 200  # products in a row, at most, where taps along the width are unrolled
 
+AHEAD = 8  # vectors between what a tile reads and writes and what is asked for meanwhile; 4 to 16 differ little
+
 POINTERS = ("x", "w", "bias", "residual", "y", "depth_table", "row_table", "width_table", "masks", "zeros")
 SIZES = (
     "x_image",  # bytes from an image to the next, and so on
@@ -258,6 +260,11 @@ class _Rows:
                     acc = [e.pick(vector, vector, back) for vector in acc]
                 for o in range(count):
                     at = begin + (first + o) * out_channel + column
+                    if not edge:  # many rows are read and written at once, more than processors foresee
+                        for r in range(shape.rows):
+                            e.prefetch(
+                                e.at(of["y"], at + of["out_width"] * r + AHEAD * shape.lanes, shape.stored), "write"
+                            )
                     out = e.opaque(e.at(of["y"], at, shape.stored))
                     other = e.opaque(e.at(of["residual"], at, shape.stored)) if shape.has_residual else None
                     for r in range(shape.rows):
@@ -440,6 +447,8 @@ class _Rows:
 
         def loaded(row: _Row, v: int) -> list[Value]:
             start = v * lanes * stride
+            if edge is None and stride <= 4:
+                e.prefetch(e.at(row.start, first + (start + AHEAD * lanes * stride), shape.stored))
             if stride == 1:
                 return [vector(row, start + offset) for offset in offsets]
             reach = offsets[-1] - offsets[0] + stride * (lanes - 1)
