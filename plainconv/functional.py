@@ -28,8 +28,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from plainconv import ops, settings
 from plainconv.arguments import Spec, Spelled, settle
-from plainconv.plan import Explanation, check_algorithm, explain_request, on_forget
+from plainconv.plan import Explanation, check_algorithm, explain_request
 from plainconv.problem import Direction, Geometry
+from plainconv.remember import on_forget
 from plainconv.settings import AUTO, resolve
 
 

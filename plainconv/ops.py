@@ -28,8 +28,9 @@ from torch.autograd import forward_ad
 
 from plainconv.memory import LARGE, in_large_pages
 from plainconv.menu.base import Tensors
-from plainconv.plan import on_forget, plan
+from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
+from plainconv.remember import on_forget
 from plainconv.settings import Settings
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -25,6 +25,7 @@ from plainconv.measure import Candidate, Record
 from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
+from plainconv.remember import forget, on_forget
 from plainconv.settings import AUTO
 from plainconv.timing import Timing, duration
 
@@ -157,6 +158,9 @@ def plan(request: Request, name: str = AUTO) -> Plan:
     return Plan(request, verdict.algorithm, verdict.cost)
 
 
+on_forget(plan.cache_clear)
+
+
 def explain_request(request: Request, name: str = AUTO) -> Explanation:
     """The verdicts on a request, and which algorithm `name` leads to (none, if the one named refuses)."""
     choice = _choice(request, name)
@@ -249,21 +253,6 @@ def _tune(request: Request) -> Tuned:
         timings = measure.measure(request, candidates)
         measure.keep(request, {name: Record(versions[name], timing) for name, timing in timings.items()})
     return Tuned(request, estimated.algorithm.name, _choice(request, AUTO).algorithm.name, ask(request))
-
-
-def forget() -> None:
-    """Forget the plans made so far: records have changed, or are about to."""
-    plan.cache_clear()
-    for clear in _clears:
-        clear()
-
-
-def on_forget(clear: Callable[[], object]) -> None:
-    """Call this whenever plans are forgotten; for whoever remembers what was made of them."""
-    _clears.append(clear)
-
-
-_clears: list[Callable[[], object]] = []
 
 
 # -- verdicts --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ FLOORS = {
     "files": 0,
     "memory": 0,
     "problem": 0,
+    "remember": 0,
     "border": 1,
     "settings": 1,
     "cpu": 1,

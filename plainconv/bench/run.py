@@ -26,7 +26,8 @@ from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.scratch import torchs_peak
 from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
-from plainconv.plan import Explanation, forget
+from plainconv.plan import Explanation
+from plainconv.remember import forget
 from plainconv.timing import Timing, in_turn
 
 SLOW = 3.0  # times its other format: so slow that it does not matter how slow

@@ -18,6 +18,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.menu.lanes import Side, _shown, folded
 from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
@@ -166,7 +167,7 @@ def prepare(request: Request) -> Prepared:
     groups, parts = _tasks(request, whole + rest)
     counts = (problem.in_channels, whole, whole + rest, groups, parts, depth.out, high.out, width.out)
     weights = problem.in_channels * shape.all_taps
-    return Prepared(
+    ready = Prepared(
         pack=cpu.compile(channels.pack_text(shape), target),
         kernel=cpu.compile(channels.text(shape), target),
         packed_bytes=_packed_bytes(problem, shape),
@@ -177,6 +178,11 @@ def prepare(request: Request) -> Prepared:
         sizes=(*counts, width.padding[0], *_cut(width, shape)),
         tasks=planes * parts * groups,
     )
+    weigh(ready, sum(table.nbytes for table in ready.tables))
+    return ready
+
+
+on_forget(prepare.cache_clear)
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import accumulate, compress, product
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, summation_error
 from plainconv.menu.lanes import Side, _shown, folded
 from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
@@ -68,14 +69,24 @@ Sides = tuple[Side, Side, Side]
 class Strip(NamedTuple):
     """Rows of the padded input that the places of a block read.
 
-    rows    (depth, row, column) where each begins, relative to the block's corner
-    length  places of each
+    runs    (depth, row, column, count): so many rows, `step` apart; where they begin, relative to the block's corner
+    length  places of each row
     taps    how far each tap's places are shifted in the strip
     """
 
-    rows: tuple[tuple[int, int, int], ...]
+    runs: tuple[tuple[int, int, int, int], ...]
+    step: int
     length: int
     taps: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        """How many rows there are."""
+        return sum(count for *_, count in self.runs)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """(depth, row, column) where each begins."""
+        return [(z, y + i * self.step, x) for z, y, x, count in self.runs for i in range(count)]
 
 
 def strip_of(sides: Sides, rows: int, cols: int, whole: bool) -> Strip:
@@ -88,18 +99,15 @@ def strip_of(sides: Sides, rows: int, cols: int, whole: bool) -> Strip:
         for z, y, x in taps:
             key = z, y % high.stride, x
             last[key] = max(last.get(key, 0), y // high.stride)
-        begins: dict[tuple[int, int, int], int] = {}
-        listed: list[tuple[int, int, int]] = []
-        for (z, phase, x), shift in last.items():
-            begins[z, phase, x] = len(listed)
-            listed += [(z, q * high.stride + phase, x) for q in range(rows + shift)]
+        runs = tuple((*key, rows + shift) for key, shift in last.items())
+        begins = dict(zip(last, accumulate((count for *_, count in runs), initial=0), strict=False))
         shifts = [(begins[z, y % high.stride, x] + y // high.stride) * cols for z, y, x in taps]
-        return Strip(tuple(listed), cols, tuple(shifts))
+        return Strip(runs, high.stride, cols, tuple(shifts))
     # A part of one row: taps along the width are shifts in the copy of their stride's phase.
     keys = {key: i for i, key in enumerate(dict.fromkeys((z, y, x % width.stride) for z, y, x in taps))}
     length = cols + (width.kernel - 1) * width.dilation // width.stride
     shifts = [keys[z, y, x % width.stride] * length + x // width.stride for z, y, x in taps]
-    return Strip(tuple(keys), length, tuple(shifts))
+    return Strip(tuple((*key, 1) for key in keys), 1, length, tuple(shifts))
 
 
 # -- how to cut ------------------------------------------------------------------------------------------------------
@@ -216,10 +224,10 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
     for rows, cols, whole in _blocks(sides, lanes):
         strip = strip_of(sides, rows, cols, whole)
         by_row, by_pixel = _pitches(is_, strip, lanes)
-        strip_bytes = max(is_.channels * by_row, len(strip.rows) * strip.length * by_pixel) * is_.size
+        strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
         planes = problem.batch * problem.groups
         blocks = planes * depth.out * -(-high.out // rows) * -(-width.out // cols)
-        entries = len(strip.rows) * (-(-strip.length // lanes) if is_.places else strip.length)
+        entries = strip.slots * (-(-strip.length // lanes) if is_.places else strip.length)
         if is_.places:
             copies = is_.channels * entries * COPY * min(width.stride, 8)
         else:
@@ -237,7 +245,7 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
             # The weight arrives while the first of a block's tiles along the other factor is at work.
             first = tile.vectors / vectors if is_.places else tile.scalars / scalars
             work += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - work * min(first, 1.0))
-            work += BLOCK + (RUN * (is_.channels * len(strip.rows) + problem.group_out) if is_.places else 0.0)
+            work += BLOCK + (RUN * (is_.channels * strip.slots + problem.group_out) if is_.places else 0.0)
             work += copies * vector + ENTRY * entries / max(planes, 1) if gathers else 0.0
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
             parts = min(outputs, PARTS)
@@ -262,7 +270,7 @@ def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
     with a vector to spare.
     """
     line = ALIGNMENT // is_.size
-    by_row, by_pixel = _padded(len(strip.rows) * strip.length + lanes, line), _padded(is_.channels, line)
+    by_row, by_pixel = _padded(strip.slots * strip.length + lanes, line), _padded(is_.channels, line)
     return by_row | line, by_pixel | line
 
 
@@ -468,12 +476,12 @@ def prepare(
         "row_blocks": blocks[0],
         "col_blocks": blocks[1],
         "parts": way.parts,
-        "slot_count": len(strip.rows),
+        "slot_count": strip.slots,
         "slot_length": strip.length,
         "pitch": by_pixel if source == "pixels" else by_row,
         **factors,
     }
-    tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, taps)
+    tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, source, taps)
     packs, pack_sizes, pack_tasks = None, {}, 0
     if packing is not None:
         pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, not is_.places)
@@ -493,7 +501,7 @@ def prepare(
             "width": columns,
         }
         pack_tasks = problem.groups * packing.vectors
-    return Prepared(
+    ready = Prepared(
         cpu.compile(dense.text(shape), target),
         torch.tensor([*addresses, *(sizes[name] for name in dense.SIZES)]),
         tables,
@@ -503,6 +511,11 @@ def prepare(
         pack_tasks,
         _padded(packing.bytes, ALIGNMENT) if packing else 0,
     )
+    weigh(ready, tables.nbytes)
+    return ready
+
+
+on_forget(prepare.cache_clear)
 
 
 def _ahead(problem: ConvProblem, x: Places, image: int, way: Layout, sides: tuple[Side, Side]) -> int:
@@ -515,8 +528,10 @@ def _ahead(problem: ConvProblem, x: Places, image: int, way: Layout, sides: tupl
     return way.rows * high.stride * x.row if way.rows < high.out else way.cols * width.stride * x.col
 
 
-def _tables(mode: str, sides: Sides, way: Layout, taps: list[tuple[int, int]]) -> tuple[Tensor, tuple[int, ...]]:
-    """The tables of the kernel, one behind the other, and where each begins."""
+def _tables(
+    mode: str, sides: Sides, way: Layout, source: str, taps: list[tuple[int, int]]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The tables of the kernel, one behind the other, and where each begins; those that it does not read are empty."""
     depth, high, width = sides
     blocks = -(-high.out // way.rows), -(-width.out // way.cols)
     counts = (
@@ -524,10 +539,14 @@ def _tables(mode: str, sides: Sides, way: Layout, taps: list[tuple[int, int]]) -
         (blocks[0] * way.rows - 1) * high.stride + (high.kernel - 1) * high.dilation + 1,
         (blocks[1] * way.cols + way.strip.length + way.lanes) * width.stride + (width.kernel - 1) * width.dilation + 1,
     )
-    shown = [_shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
+    read = {"none": 0, "rows": 2}.get(source, 3)
+    shown = [
+        _shown(side, mode, 0, count if dim < read else 0)
+        for dim, (side, count) in enumerate(zip(sides, counts, strict=True))
+    ]
     reach = _reach(mode, depth, way.strip, len(taps))
     parts = [
-        torch.tensor(way.strip.rows).flatten(),
+        torch.tensor(way.strip.rows()).flatten(),
         torch.tensor(taps).flatten(),
         torch.tensor(reach).flatten(),
         *shown,
@@ -553,8 +572,9 @@ def _reach(mode: str, depth: Side, strip: Strip, taps: int) -> list[list[int]]:
     """For each depth of the output, which taps and rows of the strip are not wholly in the padding."""
     each, reach = taps // depth.kernel, []
     for first, count in _inside(mode, depth):
-        rows = [i for i, row in enumerate(strip.rows) if 0 <= row[0] - first * depth.dilation < count * depth.dilation]
-        reach.append([first * each, count * each, rows[0], len(rows)])
+        shown = [0 <= z - first * depth.dilation < count * depth.dilation for z, *_ in strip.runs]
+        begin = sum(run[-1] for run in strip.runs[: shown.index(True)])
+        reach.append([first * each, count * each, begin, sum(run[-1] for run in compress(strip.runs, shown))])
     return reach
 
 
@@ -562,7 +582,7 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
     """Bytes of a strip, and of all scratch memory of a thread: the strip and the list of what to copy."""
     if source == "none":
         return 0, 0
-    rows, length = len(way.strip.rows), way.strip.length
+    rows, length = way.strip.slots, way.strip.length
     pixels = source == "pixels"
     strip = _padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
     copies = rows * (length if pixels else -(-length // way.lanes))
