@@ -1,7 +1,7 @@
 """Weights packed for the dense kernel: lanes are output channels, or steps take two channels.
 
-A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (nothing, channel and tap) or
-(pair of channels, tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
+A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (channel or pair of channels, tap),
+channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
 
     packed[o // width, r, o % width]  =  w[o, u, v]        zero for outputs that do not exist
 
@@ -24,6 +24,7 @@ SIZES = (
     "vectors",  # of lanes, of a group, made up to whole tiles
     "u_count",
     "v_count",
+    "w_group",
     "w_output",
     "w_u",
     "w_far",  # from a number to the other of its pair
@@ -59,7 +60,7 @@ def text(shape: Shape) -> str:
         number = e.begin + i
         group, vector = number // of["vectors"], number % of["vectors"]
         output = vector * rows
-        w = e.at(of["w"], (group * of["outputs"] + output) * of["w_output"], shape.stored)
+        w = e.at(of["w"], group * of["w_group"] + output * of["w_output"], shape.stored)
         size = of["u_count"] * of["v_count"]
         if shape.transposed:
             tiles = of["vectors"] * lanes // of["width"]

@@ -8,6 +8,7 @@ itself is in plainconv/cpu/dense.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,27 @@ class Kind(NamedTuple):
     size: int  # bytes of an element, or of a pair
     channels: int  # of a group, or pairs of them
     native: frozenset[str]
+
+
+@lru_cache(4096)
+def seen(request: Request) -> tuple[Request, bool]:
+    """The request as one for FORWARD, and whether the weight is turned round in it.
+
+    With stride 1 the gradient for the input is a convolution of the output's: channels change places, taps come in the
+    opposite order, and what was padding before is what the kernel's reach leaves of it behind.
+    """
+    if request.direction is Direction.FORWARD:
+        return request, False
+    problem = request.problem
+    reaches = [(k - 1) * d for k, d in zip(problem.kernel, problem.dilation, strict=True)]
+    turned = dataclasses.replace(
+        problem,
+        in_channels=problem.out_channels,
+        out_channels=problem.in_channels,
+        spatial=problem.out,
+        padding=tuple((reach - lo, reach - hi) for reach, (lo, hi) in zip(reaches, problem.padding, strict=True)),
+    )
+    return dataclasses.replace(request, problem=turned, direction=Direction.FORWARD), True
 
 
 def _padded(count: int, to: int) -> int:
@@ -353,10 +375,10 @@ class Packing(NamedTuple):
     bytes: int
 
 
-def _packing(request: Request, way: Layout, channels_inside: bool) -> Packing | None:
+def _packing(request: Request, way: Layout, turned: bool, channels_inside: bool) -> Packing | None:
     """None if the weight is used as it lies: its outputs are no lanes, and its pairs are side by side."""
     is_, problem = kind(request), request.problem
-    if is_.places and not (is_.pairs and (problem.taps > 1 or problem.group_in % 2)):
+    if is_.places and not (is_.pairs and (problem.taps > 1 or problem.group_in % 2 or turned)):
         return None
     vectors, rows = problem.group_out, problem.group_out
     if not is_.places:
@@ -364,12 +386,12 @@ def _packing(request: Request, way: Layout, channels_inside: bool) -> Packing | 
         rows = vectors * way.lanes
     size = problem.groups * rows * is_.channels * problem.taps * is_.size
     near, taps, channels = "near" if is_.pairs else None, problem.taps, is_.channels
-    if is_.places:
-        return Packing("far", channels, taps, 2 * taps, taps, taps, 1, vectors, size)
-    if channels_inside or taps == 1:
+    if not (turned or is_.places) and (channels_inside or taps == 1):
         return Packing(near, taps, channels, problem.group_in, 0, channels, 1, vectors, size)
-    step = 2 if is_.pairs else 1
-    return Packing("far" if is_.pairs else None, channels, taps, step * taps, taps, 1, channels, vectors, size)
+    each = problem.group_out * taps if turned else taps  # from a channel to the next
+    r_u, r_v = (taps, 1) if is_.places else (1, channels)
+    pairs, step = ("far", 2) if is_.pairs else (None, 1)
+    return Packing(pairs, channels, taps, step * each, each, r_u, r_v, vectors, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,16 +415,19 @@ def _taps_of_weight(problem: ConvProblem, w_strides: Sequence[int]) -> list[int]
 
 @lru_cache(1024)
 def prepare(
-    request: Request, x_strides: tuple[int, ...], w_strides: tuple[int, ...], channels_inside: bool
+    request: Request, turned: bool, x_strides: tuple[int, ...], w_strides: tuple[int, ...], channels_inside: bool
 ) -> Prepared:
-    """The kernels, the tables and the sizes of a request whose tensors lie so in memory."""
+    """The kernels, the tables and the sizes of a request for FORWARD whose tensors lie so in memory.
+
+    channels_inside: whether the channels of the weight are innermost, for a weight that is packed.
+    """
     problem, target, is_ = request.problem, cpu.Target.host(), kind(request)
     x = _places_of(request, x_strides)
     depth, high, width = folded(problem, x.merge)
     source, way = _source(request, x)
     strip, tile, lanes = way.strip, way.tile, way.lanes
     by_row, by_pixel = _pitches(is_, strip, lanes)
-    packing = _packing(request, way, channels_inside)
+    packing = _packing(request, way, turned, channels_inside)
     shape = dense.Shape(
         element=is_.element,
         stored=STORED[request.dtype],
@@ -424,18 +449,22 @@ def prepare(
     place, channel = {"none": (x.col // per, x.channel), "pixels": (by_pixel, 1)}.get(source, (1, by_row))
     strip_taps = [tap * place for tap in strip.taps]
     terms, columns = is_.channels * problem.taps, tile.vectors * lanes
+    w_output, w_channel = (w_strides[1], w_strides[0]) if turned else w_strides[:2]
+    w_group = w_strides[0] * (problem.group_in if turned else problem.group_out)
     factors: dict[str, int]
     if is_.places and packing is None:
         w_taps = _taps_of_weight(problem, w_strides)
-        factors = {"b_scalar": w_strides[0] // per, "b_channel": 1 if is_.pairs else w_strides[1]}
+        factors = {"b_scalar": w_output // per, "b_channel": 1 if is_.pairs else w_channel, "b_group": w_group // per}
     elif is_.places:
         w_taps = list(range(problem.taps))
-        factors = {"b_scalar": terms, "b_channel": problem.taps}
+        factors = {"b_scalar": terms, "b_channel": problem.taps, "b_group": problem.group_out * terms}
     else:
         w_taps = [tap * is_.channels * columns for tap in range(problem.taps)]
         factors = {"a_channel": columns}
+    if turned:
+        w_taps.reverse()
     if is_.places:
-        factors |= {"a_channel": channel, "a_tile": columns, "b_group": problem.group_out * factors["b_scalar"]}
+        factors |= {"a_channel": channel, "a_tile": columns}
         taps = list(zip(strip_taps, w_taps, strict=True))
     else:
         tiles = -(-problem.group_out // columns)
@@ -492,7 +521,8 @@ def prepare(
             "vectors": packing.vectors,
             "u_count": packing.u_count,
             "v_count": packing.v_count,
-            "w_output": w_strides[0],
+            "w_group": w_group,
+            "w_output": w_output,
             "w_u": packing.u_stride,
             "w_far": packing.far,
             "alone": packing.u_count - 1 if problem.group_in % 2 else -1,
@@ -600,15 +630,19 @@ def workspace_bytes(request: Request) -> int:
         pitches = _pitches(is_, way.strip, way.lanes)
         sources = ("rows", "pixels") if way.gathers else ("none",)
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
-        packing = _packing(request, way, False)
+        packing = _packing(request, way, True, False)
         most = max(most, way.shares * share + (_padded(packing.bytes, ALIGNMENT) if packing else 0))
     return most
 
 
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if request.direction is not Direction.FORWARD:
-        return f"its kernels make the output; {request.direction.value} is not written yet"
+    if request.direction is Direction.GRAD_WEIGHT:
+        return "its kernels make the output and the gradient for the input; grad_weight is not written yet"
+    if request.direction is Direction.GRAD_INPUT and set(request.problem.stride) != {1}:
+        return f"the gradient for the input is not written yet for a stride of {request.problem.stride}"
+    if request.direction is Direction.GRAD_INPUT and request.problem.padding_mode != "zeros":
+        return f"the gradient for the input is not written yet for padding_mode={request.problem.padding_mode!r}"
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:
@@ -625,8 +659,9 @@ def error(request: Request) -> float:
 
 def cost(request: Request) -> Cost:
     """Cycles of the kernel, or memory, whichever is longer, and the call."""
-    problem, way, packing = request.problem, natural(request), None
-    packing = _packing(request, way, False)
+    request, turned = seen(request)
+    problem, way = request.problem, natural(request)
+    packing = _packing(request, way, turned, False)
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     work = way.cycles / way.shares * _real(problem)
     if packing:
@@ -648,13 +683,14 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
+    request, turned = seen(request)
     x, w, bias, _ = tensors
     is_ = kind(request)
-    channels_inside = not is_.places and not w.is_contiguous() and w.movedim(1, -1).is_contiguous()
+    channels_inside = not (is_.places or turned or w.is_contiguous()) and w.movedim(1, -1).is_contiguous()
     copies_w = (is_.pairs or not is_.places) and not channels_inside and not w.is_contiguous()
     copies_bias = bias is not None and not bias.is_contiguous()
     w_strides = w.contiguous().stride() if copies_w else w.stride()
-    ready = prepare(request, x.stride(), w_strides, channels_inside)
+    ready = prepare(request, turned, x.stride(), w_strides, channels_inside)
     settled, threads, places = ready.settled.data_ptr(), request.threads, is_.places
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -53,11 +53,11 @@ def algorithm_for(text):
     return (pointwise if ConvProblem.parse(text).taps == 1 else direct).ALGORITHM
 
 
-def asked_for(text, dtype=torch.float32, **more):
+def asked_for(text, dtype=torch.float32, direction=Direction.FORWARD, **more):
     problem = ConvProblem.parse(text)
     if more.get("channels_last") and problem.dims == 1:
         pytest.skip("torch has no channels_last in one dimension")
-    return request(problem, Direction.FORWARD, dtype, **more)
+    return request(problem, direction, dtype, **more)
 
 
 def in_channels_last(tensor):
@@ -112,6 +112,29 @@ def test_what_is_fused(activation, dtype, channels_last):
     for has_bias, has_residual in [(True, True), (False, True), (False, False)]:
         one = dataclasses.replace(asked, has_bias=has_bias, has_residual=has_residual)
         check(direct.ALGORITHM, one, reals, in_channels_last if channels_last else None)
+
+
+STRIDE_1 = {name: text for name, text in ALL.items() if set(ConvProblem.parse(text).stride) == {1}}
+ZEROS = {name: text for name, text in STRIDE_1.items() if ConvProblem.parse(text).padding_mode == "zeros"}
+
+
+@every_type
+@both_layouts
+@pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
+def test_the_gradient_for_the_input(dtype, channels_last, text):
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_bias=True)
+    for layout in (None, in_channels_last):
+        check(algorithm_for(text), asked, integers, layout)
+    check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
+
+
+def test_what_of_the_gradients_is_refused():
+    for text, direction, sentence in [
+        ("n1 c2 o2 x5x5 k3x3 s1x2", Direction.GRAD_INPUT, "not written yet for a stride of (1, 2)"),
+        ("n1 c2 o2 x5x5 k3x3 p1 mreflect", Direction.GRAD_INPUT, "not written yet for padding_mode='reflect'"),
+        ("n1 c2 o2 x5x5 k3x3", Direction.GRAD_WEIGHT, "grad_weight is not written yet"),
+    ]:
+        assert sentence in direct.ALGORITHM.why_not(asked_for(text, direction=direction))
 
 
 ODD = {
@@ -179,7 +202,7 @@ def kernel_of(text, **more):
         x, w = in_channels_last(x), in_channels_last(w)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dense.cpu, "compile", lambda text, target: texts.append(text))
-        dense.prepare.__wrapped__(asked, x.stride(), w.stride(), asked.channels_last)
+        dense.prepare.__wrapped__(asked, False, x.stride(), w.stride(), asked.channels_last)
     return texts[-1]
 
 
@@ -212,7 +235,7 @@ def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
 
 def test_the_weight_of_a_small_map_is_not_packed():
     asked = asked_for("n1 c512 o512 x7x7 k3x3 p1")
-    assert dense.prepare(asked, (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
+    assert dense.prepare(asked, False, (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
     assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
 
 
