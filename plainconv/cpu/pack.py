@@ -1,7 +1,7 @@
 """Weights packed for the dense kernel: lanes are output channels, or steps take two channels.
 
-A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (channel or pair of channels, tap),
-channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
+A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (channel or pair of channels,
+tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
 
     packed[o // width, r, o % width]  =  w[o, u, v]        zero for outputs that do not exist
 

@@ -125,7 +125,7 @@ class Store:
 
 
 def user_store(name: str, magic: bytes, kept: str) -> Store:
-    """The folder `name` of plainconv's in the user's cache, as platformdirs finds it; `kept` says what is kept there."""
+    """The folder `name` of plainconv's in the user's cache, as platformdirs finds it; `kept` says what is in it."""
     import platformdirs
 
     folder = platformdirs.user_cache_path("plainconv", appauthor=False) / name
