@@ -90,7 +90,8 @@ def test_values_of_what_makes_only_outputs_are_torchs(name, algorithm, dtype):
     """What is refused is refused with a sentence; the rest is right."""
     every = samples(name, dtype)
     able = [sample for sample in every if explained(name, sample, algorithm).chosen == algorithm]
-    assert bool(able) == (not name.startswith("conv_transpose"))
+    if algorithm != "pointwise":  # few of torch's samples have one tap
+        assert bool(able) == (algorithm == "direct" or not name.startswith("conv_transpose"))
     check_values(name, able, algorithm)
     for sample in every:
         if not any(sample is one for one in able):
