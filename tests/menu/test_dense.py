@@ -20,6 +20,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 every_width = pytest.mark.parametrize("bits", BITS)
+# Everything with the widest registers, and again with the others when there is time.
+every_width_in_time = pytest.mark.parametrize(
+    "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
+)
 every_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
@@ -82,7 +86,7 @@ def as_if(monkeypatch):
     forget()
 
 
-@every_width
+@every_width_in_time
 @both_layouts
 @pytest.mark.parametrize("text", ALL.values(), ids=ALL)
 def test_every_way_through_the_kernel(bits, channels_last, text, as_if):
@@ -94,6 +98,16 @@ def test_every_way_through_the_kernel(bits, channels_last, text, as_if):
 
 
 @every_width
+@both_layouts
+@pytest.mark.parametrize("text", ["n1 c4 o10 x19x39 k3x5 s2 p2 g2", "n2 c6 o20 x9x13 k1x1"])
+def test_narrower_registers(bits, channels_last, text, as_if):
+    as_if(bits)
+    for dtype in DTYPES:
+        asked = asked_for(text, dtype, channels_last=channels_last, has_bias=True)
+        check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+
+
+@every_width_in_time
 @every_type
 @both_layouts
 @pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
@@ -157,7 +171,7 @@ def test_memory_of_any_strides(text, layout, dtype, channels_last):
     check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last), integers, layout)
 
 
-@every_width
+@every_width_in_time
 @both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("text", ALL.values(), ids=ALL)
