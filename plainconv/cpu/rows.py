@@ -76,10 +76,10 @@ class Shape:
 
     element is the type of the sums, stored that of memory, native what `Emit` may leave to the processor.  kernel, and
     stride and dilation of rows and width; `thick`: whether there are taps or a border along the depth; `sides`: whether
-    the width has a "mask" border or reads a "table"; `spread`: whether the pixels of an input row lie apart.  The tile:
-    outputs (`one_tile`: there are no more), rest (a last tile of fewer, or 0), rows, vectors, and `inner`: how many
-    taps of the rows are unrolled, so that output rows share the input rows they load.  registers: how many the
-    processor has.
+    the width has a "mask" border or reads a "table"; `spread`: whether the pixels of an input row lie apart; `wide`:
+    whether rows are so long that what lies AHEAD is asked for.  The tile: outputs (`one_tile`: there are no more), rest
+    (a last tile of fewer, or 0), rows, vectors, and `inner`: how many taps of the rows are unrolled, so that output
+    rows share the input rows they load.  registers: how many the processor has.
     """
 
     element: str
@@ -92,6 +92,7 @@ class Shape:
     dilation: tuple[int, int]
     sides: str
     spread: bool
+    wide: bool
     one_channel: bool
     has_bias: bool
     has_residual: bool
@@ -253,6 +254,8 @@ class _Rows:
                 channel = group * of["group_out"] + first
                 column = vector * shape.lanes
                 vectors = 1 if edge else shape.vectors
+                if shape.wide and edge is None:
+                    self.ask_for_output(begin + first * out_channel + column, count, out_channel)
                 acc = self.sums(channel, count, d, column, vectors, edge)
                 mask = e.load_mask(edge, 0) if edge else None
                 if shape.order != sorted(shape.order) and not (edge and shape.sides == "table"):
@@ -260,11 +263,6 @@ class _Rows:
                     acc = [e.pick(vector, vector, back) for vector in acc]
                 for o in range(count):
                     at = begin + (first + o) * out_channel + column
-                    if not edge:  # many rows are read and written at once, more than processors foresee
-                        for r in range(shape.rows):
-                            e.prefetch(
-                                e.at(of["y"], at + of["out_width"] * r + AHEAD * shape.lanes, shape.stored), "write"
-                            )
                     out = e.opaque(e.at(of["y"], at, shape.stored))
                     other = e.opaque(e.at(of["residual"], at, shape.stored)) if shape.has_residual else None
                     for r in range(shape.rows):
@@ -323,6 +321,8 @@ class _Rows:
                             start = e.at(start, e.integer("and", moved, e.scalar(self.moves, slot, "i64")), "i8")
                         pixel = None if self.pixels is None else e.scalar(self.pixels, slot, "i64")
                         rows[place] = _Row(start, pixel)
+                if shape.wide and edge is None and not shape.gathers:
+                    self.ask_for_input(rows, left, inner, vectors)
                 w_chunk = e.at(w_channel, (kd * high + e.number(number) * shape.inner) * width, shape.stored)
                 tile = _Tile(outputs, vectors, inner, rows, edge)
                 if shape.unrolled:
@@ -368,6 +368,25 @@ class _Rows:
             return e.loop(depth - count, e.loop(count, acc, each_plane), nothing)
 
         return e.loop(1 if shape.one_channel else of["group_in"], acc, each_channel)
+
+    # Many rows are read and written at once, more than processors foresee: so their next columns are asked for.
+
+    def ask_for_input(self, rows: dict[int, _Row], left: Value, inner: int, vectors: int) -> None:
+        """Those lines of the cache that a chunk of taps will read AHEAD vectors later."""
+        e, shape = self.e, self.shape
+        ahead = left - self.given["lo"] + AHEAD * shape.lanes * shape.stride[1]
+        step = 64 // SCALARS[shape.stored]
+        for row in rows.values():
+            for line in range(-(-vectors * shape.lanes * shape.stride[1] // step)):
+                e.prefetch(e.at(row.start, ahead + line * step, shape.stored))
+
+    def ask_for_output(self, at: Value, outputs: int, out_channel: Value) -> None:
+        """And those that a tile will write then."""
+        e, of, shape = self.e, self.given, self.shape
+        for o in range(outputs):
+            out = e.opaque(e.at(of["y"], at + out_channel * o + AHEAD * shape.lanes, shape.stored))
+            for r in range(shape.rows):
+                e.prefetch(e.at(out, of["out_width"] * r, shape.stored), "write")
 
     def group(
         self, acc: list[Value], tile: _Tile, w: Value, left: Value, begin: Value | int, taps: list[int]
@@ -447,8 +466,6 @@ class _Rows:
 
         def loaded(row: _Row, v: int) -> list[Value]:
             start = v * lanes * stride
-            if edge is None and stride <= 4:
-                e.prefetch(e.at(row.start, first + (start + AHEAD * lanes * stride), shape.stored))
             if stride == 1:
                 return [vector(row, start + offset) for offset in offsets]
             reach = offsets[-1] - offsets[0] + stride * (lanes - 1)

@@ -1,9 +1,12 @@
 """What `narrow` and `depthwise` share: one kernel whose lanes are neighbours along the width, two shapes of its tile.
 
-The problem is folded to three dimensions, (depth, rows, width): sizes of 1 go in front, and dimensions that the kernel
-does not move along become one (a 1x1 convolution knows no lines, only one long row).  Borders are tables made once for
-a problem, with the row of zeros that stands for every row outside; nothing is padded and nothing is copied, so there
-is no workspace.  The kernel itself is in plainconv/cpu/rows.py.
+The problem is folded to three dimensions, (depth, rows, width): sizes of 1 go in front, and of an input that is
+contiguous, dimensions that the kernel does not move along become one (a 1x1 convolution knows no lines, only one long
+row).  Borders are tables made once for a problem, with the row of zeros that stands for every row outside; nothing is
+padded and no input is copied, whatever its strides.  The kernel itself is in plainconv/cpu/rows.py.
+
+Tiles are chosen, and calls estimated, by counting cycles: products, loads and weights of a chunk of taps, of which the
+longer hides most of the other, and what tiles and tasks cost to begin.
 """
 
 from __future__ import annotations
@@ -25,29 +28,34 @@ from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, workspace_bytes
 from plainconv.problem import ConvProblem, Direction, Pair, Request
+from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 
-# Rough speeds, measured on one core with AVX-512: they rank algorithms.
-FMA_PER_SECOND = 3.0e9  # vectors multiplied and added, in a tile that is fed from registers
-LOADS_PER_SECOND = 2.2e9  # vectors loaded, most of them across two cache lines
-BYTES_PER_SECOND = 10e9  # memory, all threads
-HIDDEN = 0.1  # of the shorter of work and memory, the part that the longer does not hide
-TILE_S = 4e-9  # a tile's beginning and end
-TASK_S = 8e-9  # a task's addresses
+# Tiles are chosen, and calls estimated, by these.  Cycles are those in which a vector of the widest kind is multiplied
+# and added; fitted to the layers of the suites on one core with AVX-512.
+CYCLES_PER_SECOND = 3.66e9
+LOAD = 1.3  # a vector, often across two cache lines
+BROADCAST = 1.3  # a weight
+SHUFFLE = 1.9  # lanes that cross 128 bits
+CONVERT = 2.0  # half types, when they are loaded
+GATHER = 1.6  # a lane that is loaded by itself
+HIDDEN = 0.25  # of the shorter of loads and products, the part that the longer does not hide
+STORE = 1.0
+PLACE = 0.7  # the address of an input row, in a chunk of taps
+CHUNK = 4.0
+TILE = 8.0
+FILL = 1.0  # the address of an input row, in a task
+TASK = 20.0
+CACHED_BYTES = 16 << 20  # so much comes and goes beside the work
+BYTES_PER_SECOND = 13e9  # a thread, of memory
 LAUNCH_S = 6e-6  # from Python to the kernel and back
-THREADS_S = 4e-6  # waking torch's threads
+THREADS_S = 2e-6  # waking torch's threads
 
-
-# The tile is chosen by these, in cycles of a core in which a vector is multiplied and added in one.
 ROWS = 14  # of a tile, at most
 HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
+SHORT = 32  # vectors of a row that is short
 INNER = 9  # taps of the rows that are unrolled, at most; of a longer kernel, as many in each turn
-LOAD = 1.6  # a vector across two cache lines
-HIDDEN_LOADS = 0.3  # of the shorter of loads and products, the part that the longer does not hide
-BROADCAST = 1.3  # a weight
-PLACE = 1.0  # the address of an input row
-TASK = 40.0
 
 
 class Layout(Enum):
@@ -128,23 +136,29 @@ def lanes_of(request: Request, target: cpu.Target) -> int:
 
 
 def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
-    """The tile that should be quickest, of those whose sums, weights and input fit the registers."""
+    """The tile that should be quickest, of those whose sums, weights and input fit the registers.
+
+    Only a low picture, or a short row, is looked at more closely; all others have the same tile.
+    """
     problem = request.problem
-    high = folded(problem)[1]
+    _, high, width = folded(problem)
     if high.out == 1:
-        counts = [(1, vectors) for vectors in (8, 4, 2, 1)]
+        short = width.out <= SHORT * lanes_of(request, target)
+        counts = [(1, vectors) for vectors in ((8, 4, 2, 1) if short else (8,))]
     else:
         low = high.out <= 2 * ROWS
         counts = [(count, 1) for count in (range(min(ROWS, high.out), 0, -1) if low else HIGH)]
+    divided = {-(-problem.group_out // n) for n in range(1, problem.group_out + 1)}  # 7 are 4 and 3, not 6 and 1
     tiles = [
         Tile(outputs, count, vectors, inner)
-        for outputs in {
-            -(-problem.group_out // n) for n in range(1, problem.group_out + 1)
-        }  # 7 are 4 and 3, not 6 and 1
+        for outputs in divided
+        if outputs <= most_outputs
         for count, vectors in counts
         for inner in {1, -(-high.kernel // -(-high.kernel // INNER))}
-        if outputs <= most_outputs and _fits(Tile(outputs, count, vectors, inner), problem, target)
+        if _fits(Tile(outputs, count, vectors, inner), problem, target)
     ]
+    if high.out > 2 * ROWS:  # idle rows do not count
+        return min(tiles, key=lambda tile: (_column(request, target, tile) / tile.rows, tile))
     return min(tiles, key=lambda tile: (_cycles(request, target, tile), tile))
 
 
@@ -164,21 +178,54 @@ def _fits(tile: Tile, problem: ConvProblem, target: cpu.Target) -> bool:
 
 
 def _cycles(request: Request, target: cpu.Target, tile: Tile) -> float:
-    """Of a column of one vector: rough, to compare tiles."""
+    """Of all rows of one depth of one group's output, with this tile."""
+    _, high, width = folded(request.problem)
+    lanes = lanes_of(request, target)
+    _, inside, single = _columns(width, lanes, tile.vectors)
+    places, chunks = _places(tile, high), -(-high.kernel // tile.inner)
+    work = inside * _column(request, target, tile) + single * _column(request, target, tile._replace(vectors=1))
+    return -(-high.out // tile.rows) * (TASK + chunks * places * FILL + work)
+
+
+def _places(tile: Tile, high: Side) -> int:
+    """How many input rows a tile reads for each of its chunks."""
+    return len({r * high.stride + k * high.dilation for r in range(tile.rows) for k in range(tile.inner)})
+
+
+def _column(request: Request, target: cpu.Target, tile: Tile) -> float:
+    """Cycles of a column of vectors, for all outputs of a group."""
     problem = request.problem
-    _, high, width = folded(problem)
-    picked = width.stride if width.stride <= rows.PICKED_STRIDE else 16
-    places = min((tile.rows - 1) * high.stride + (tile.inner - 1) * high.dilation + 1, tile.rows * tile.inner)
-    loaded = picked if picked > 1 else width.kernel  # of each place, for all taps along the width
-    loads = places * tile.vectors * (loaded + (picked > 1)) * LOAD
-    loads += tile.outputs * tile.inner * width.kernel * BROADCAST
-    products = tile.outputs * tile.rows * tile.vectors * tile.inner * width.kernel
-    products += places * tile.vectors * max(width.kernel - picked, 0) * (picked > 1)  # lanes that come from behind
-    register = min(1.0, lanes_of(request, target) * compute_dtype(request.dtype).itemsize * 8 / 512)
-    chunk = register * (max(products, loads) + HIDDEN_LOADS * min(products, loads)) + places * PLACE
-    chunks = problem.group_in * math.prod(problem.kernel) / (high.kernel * width.kernel) * -(-high.kernel // tile.inner)
-    times = -(-problem.group_out // tile.outputs) * -(-high.out // tile.rows) / tile.vectors
-    return times * (chunks * chunk + TASK)
+    depth, high, width = folded(problem)
+    lanes, places, sums = lanes_of(request, target), _places(tile, high), tile.outputs * tile.rows * tile.vectors
+    vectors = places * tile.vectors
+    products, weights = sums * tile.inner * width.kernel, tile.outputs * tile.inner * width.kernel
+    loaded: float = width.kernel  # vectors of each place
+    if width.stride > rows.PICKED_STRIDE:
+        loaded = width.kernel * lanes * GATHER / LOAD
+    elif width.stride > 1:
+        loaded = width.stride + 1
+        crossing = width.kernel - width.stride if width.stride % 2 == 0 else width.kernel * (width.stride - 1)
+        products += int(vectors * max(crossing, 0) * SHUFFLE)
+    convert = CONVERT if request.dtype.itemsize == 2 else 0.0
+    loads = vectors * loaded * (LOAD + convert) + weights * BROADCAST
+    register = max(lanes * compute_dtype(request.dtype).itemsize * 8, 128) / max(target.bits, 512)
+    waits = 4 * tile.inner * width.kernel / 2  # a sum for itself, with the next tile's beside it
+    chunk = max(register * (max(products, loads) + HIDDEN * min(products, loads)), waits) + places * PLACE + CHUNK
+    chunks = problem.group_in * _planes(depth, problem.padding_mode) * -(-high.kernel // tile.inner)
+    tiles = -(-problem.group_out // tile.outputs)
+    return tiles * (chunks * chunk + TILE + register * sums * STORE)
+
+
+def _planes(depth: Side, mode: str) -> float:
+    """How many planes of taps an output meets, on average; those of the border are left out."""
+    if mode != "zeros":
+        return depth.kernel
+    met = 0
+    for k in range(depth.kernel):
+        first = max(-(-(depth.padding[0] - k * depth.dilation) // depth.stride), 0)
+        last = min((depth.size - 1 + depth.padding[0] - k * depth.dilation) // depth.stride, depth.out - 1)
+        met += max(last - first + 1, 0)
+    return met / max(depth.out, 1)
 
 
 class Cut(NamedTuple):
@@ -212,6 +259,7 @@ def shape_of(request: Request, target: cpu.Target, tile: Tile, layout: Layout = 
         dilation=(high.dilation, width.dilation),
         sides="table" if bordered else "mask",
         spread=layout is Layout.SPREAD,
+        wide=width.out > 2 * rows.AHEAD * lanes_of(request, target),
         one_channel=problem.group_in == 1,
         has_bias=request.has_bias,
         has_residual=request.has_residual,
@@ -229,18 +277,22 @@ def shape_of(request: Request, target: cpu.Target, tile: Tile, layout: Layout = 
 def cut(problem: ConvProblem, shape: rows.Shape, layout: Layout = Layout.PLAIN) -> Cut:
     """Where along the width loads need no care, and how many tiles there are."""
     _, high, width = folded(problem, layout is Layout.PLAIN)
-    lanes, stride = shape.lanes, width.stride
+    columns = _columns(width, shape.lanes, shape.vectors, shape.gathers)
+    return Cut(-(-high.out // shape.rows), *columns, problem.group_out // shape.outputs)
+
+
+def _columns(width: Side, lanes: int, count: int, gathers: bool = False) -> tuple[int, int, int]:
+    """Vectors at the left edge, tiles of `count` vectors that need no care, and vectors that do or fill no tile."""
+    stride = width.stride
     step = lanes * stride  # how far one vector moves in the input
     span = (width.kernel - 1) * width.dilation + step - stride + 1  # how far the last tap of a vector reaches ...
-    span += 0 if shape.gathers else lanes - 1  # ... and to the end of the vector that is loaded there
+    span += 0 if gathers else lanes - 1  # ... and to the end of the vector that is loaded there
     lo = width.padding[0]
     vectors = -(-width.out // lanes)
     head = min(max(-(-lo // step), 0), vectors)
     good = min(width.out // lanes, (width.size + lo - span) // step + 1)  # vectors before the edge on the right
-    inside = max(good - head, 0) // shape.vectors
-    return Cut(
-        -(-high.out // shape.rows), head, inside, vectors - inside * shape.vectors, problem.group_out // shape.outputs
-    )
+    inside = max(good - head, 0) // count
+    return head, inside, vectors - inside * count
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,13 +371,18 @@ def prepare(request: Request, choose: Choose, layout: Layout) -> Prepared:
     }
     tables = _tables(request, shape, parts, sides)
     tasks = problem.batch * problem.groups * depth.out * parts.blocks
-    return Prepared(
+    ready = Prepared(
         kernel=cpu.compile(rows.text(shape), target),
         tables=tables,
         addresses=tuple(table.data_ptr() for table in tables),
         sizes=tuple(sizes[name] for name in rows.SIZES if name in sizes),
         tasks=tasks,
     )
+    weigh(ready, sum(table.nbytes for table in tables))
+    return ready
+
+
+on_forget(prepare.cache_clear)
 
 
 def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
@@ -377,26 +434,20 @@ def _buffers(request: Request) -> tuple[Buffer, Buffer]:
 
 
 def cost(request: Request, choose: Choose) -> Cost:
-    """Work of the tiles as they are, idle lanes and rows too, and memory; the longer hides most of the other."""
+    """Work of the tiles as they are, idle lanes and rows too, and memory that is not hidden behind it."""
     problem, target = request.problem, cpu.Target.host()
     tile = choose(request, target)
-    shape = shape_of(request, target, tile)
-    parts = cut(problem, shape)
-    tasks = problem.batch * problem.groups * folded(problem)[0].out * parts.blocks
-    tiles = tasks * (parts.inside * shape.vectors + parts.single) * -(-problem.group_out // tile.outputs)
-    steps = problem.group_in * shape.kernel[0] * shape.chunks * shape.kernel[2]  # for each tile, of kx
-    sums = tasks * (parts.inside * shape.vectors + parts.single) * shape.rows * problem.group_out
-    products = sums * problem.group_in * problem.taps
-    picked = shape.stride[1] if shape.stride[1] <= rows.PICKED_STRIDE else 2 * shape.lanes
-    loads = tiles * steps * len(shape.places) * picked
-    registers = max(1.0, shape.lanes * request.dtype.itemsize * 8 / target.bits)
-    work = registers * max(products / FMA_PER_SECOND, (loads + products / 4) / LOADS_PER_SECOND)
-    work += tiles * TILE_S + tasks * TASK_S
+    depth, high, width = folded(problem)
+    lanes, blocks = lanes_of(request, target), -(-high.out // tile.rows)
+    _, inside, single = _columns(width, lanes, tile.vectors)
+    planes = problem.batch * problem.groups * depth.out
+    tasks = planes * blocks
     threads = min(max(request.threads, 1), max(tasks, 1))
-    size = request.dtype.itemsize
-    moved = size * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    work, memory = work / threads, moved / BYTES_PER_SECOND
+    shares = -(-tasks // threads) * threads / max(tasks, 1)  # the largest share, times their number
+    work = planes * _cycles(request, target, tile) * shares / threads / CYCLES_PER_SECOND
+    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    memory = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / threads
     seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
-    return Cost(
-        sums * shape.lanes * problem.group_in * problem.taps, moved, workspace_bytes(_buffers(request)), seconds
-    )
+    sums = tasks * (inside * tile.vectors + single) * tile.rows * problem.group_out * lanes
+    multiplies = sums * problem.group_in * problem.taps
+    return Cost(multiplies, moved, workspace_bytes(_buffers(request)), seconds)

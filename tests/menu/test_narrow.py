@@ -168,13 +168,19 @@ def test_a_weight_that_is_not_finite_meets_the_zeros_of_a_plane_that_is_left_out
 @both
 @pytest.mark.parametrize("text", ["n{n} c3 o3 x{h}x{w} k3x3 p1 g3", "n{n} c1 o3 x{w} k5 s2 p{n}"])
 def test_a_new_size_compiles_nothing(module, text):
-    """Batch, height, width and the width of the border are arguments; only very small pictures have their own."""
-    texts = set()
-    for n, h, w in [(1, 30, 50), (2, 31, 400), (3, 77, 1001), (4, 1000, 64)]:
-        asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), Direction.FORWARD, torch.float32)
-        target = cpu.Target.host()
-        texts.add(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))))
-    assert len(texts) == 1
+    """Batch, height, width and the width of the border are arguments; only small pictures have their own kernels."""
+
+    def texts(sizes):
+        target, found = cpu.Target.host(), set()
+        for n, h, w in sizes:
+            asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), Direction.FORWARD, torch.float32)
+            found.add(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))))
+        return found
+
+    assert len(texts([(1, 30, 1100), (2, 31, 2400), (3, 77, 5001), (4, 1000, 1664)])) == 1
+    small = texts([(1, h, w) for h in range(3, 40) for w in (5, 9, 17, 40)])
+    assert len(small) <= 3 * (lanes.ROWS + len(lanes.HIGH))
+    assert len(texts([(1, h, w) for h in (50, 77, 300) for w in range(40, 2000, 37)])) <= 8
 
 
 NO_SPILLS = [
