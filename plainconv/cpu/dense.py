@@ -25,19 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from plainconv.cpu.emit import SCALARS, Emit, Value
+from plainconv.cpu.emit import Emit, Value
 from plainconv.cpu.epilogue import finish
-
-PICKED_STRIDE = 4  # up to this stride along the width, lanes are picked out of whole vectors; beyond, gathered
-AT_ONCE = 4  # channels (or vectors of them) that are copied side by side
+from plainconv.cpu.gather import Gather
 
 POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "settled")  # what changes with every call
 TABLES = ("slots", "taps", "reach", "depth_table", "row_table", "col_table")  # addresses, and then SIZES: in "settled"
-# What "reach" has of each depth of the output: the first tap that is not wholly in the padding, how many there are, and
-# the same of the rows of the strip, which are in the same order.
-REACH = 4
 SIZES = (
     "tasks",
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
@@ -118,18 +113,10 @@ class Shape:
         return 2 if self.pairs else 1
 
 
-MOST_FIELDS = 2 + PICKED_STRIDE
-
-
 @lru_cache(512)
 def text(shape: Shape) -> str:
     """The kernel of this shape: POINTERS are its arguments, tasks are shares."""
     return _Dense(shape).kernel()
-
-
-def fields(shape: Shape) -> int:
-    """Numbers that describe one copy of the gathering: from where, to where, and which lanes are real."""
-    return 2 + (shape.stride if shape.source == "rows" else 1)
 
 
 class _Dense:
@@ -143,6 +130,7 @@ class _Dense:
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
         self.channels = (of["group_in"] + (shape.steps - 1)) // shape.steps
+        self.gather = Gather(e, of, shape.source, shape.stored, shape.stride, shape.pairs)
 
     def kernel(self) -> str:
         e, of = self.e, self.given
@@ -160,9 +148,10 @@ class _Dense:
                 image, group = plane // of["groups"], plane % of["groups"]
                 x = image * of["x_image"] + group * of["group_in"] * of["x_channel"]
                 if self.shape.source != "none":
-                    e.when(e.compare("ne", where, carried[1]), lambda: self.describe(scratch, *place))
+                    e.when(e.compare("ne", where, carried[1]), lambda: self.gather.describe(scratch, *place))
                     source = e.at(of["x"], x, self.shape.stored)
-                    e.when(e.compare("ne", block, carried[0]), lambda: self.gather(scratch, source, place[0]))
+                    fill = partial(self.gather.fill, scratch, source, place[0], of["group_in"])
+                    e.when(e.compare("ne", block, carried[0]), fill)
                 self.products(scratch, part, x, image, group, *place)
                 return [block, where]
 
@@ -178,148 +167,6 @@ class _Dense:
         where, col = where // of["col_blocks"], where % of["col_blocks"]
         depth, row = where // of["row_blocks"], where % of["row_blocks"]
         return depth, row * of["block_rows"], col * of["block_cols"]
-
-    @property
-    def vectors(self) -> Value:
-        """Copies that fill a row of the strip: vectors, or pixels."""
-        length, lanes = self.given["slot_length"], self.shape.lanes
-        return length if self.shape.source == "pixels" else (length + (lanes - 1)) // lanes
-
-    # -- gathering ---------------------------------------------------------------------------------------------------
-
-    def describe(self, scratch: Value, depth: Value, row: Value, col: Value) -> None:
-        """Write down what is to be copied for a block: it is the same for all images, groups and channels."""
-        e, of, shape = self.e, self.given, self.shape
-        entries, vectors, pixels = e.at(scratch, of["entries"]), self.vectors, shape.source == "pixels"
-        size = fields(shape)
-
-        def each_slot(j: Value, _: list[Value]) -> Sequence[Value]:
-            by_depth, by_row, by_col = (e.scalar(of["slots"], j * 3 + i, "i64") for i in range(3))
-            d = e.scalar(of["depth_table"], depth * of["stride_depth"] + by_depth, "i64")
-            r = e.scalar(of["row_table"], row * of["stride_rows"] + by_row, "i64")
-            start = d * of["x_depth"] + r * of["x_row"]
-            real = e.compare("sge", e.least(d, r), 0)
-
-            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
-                at = (j * vectors + v) * size
-                step = 1 if pixels else shape.lanes
-                first = (col + v * step) * of["stride_cols"] + by_col  # in the padded row
-                if pixels:
-                    place = e.scalar(of["col_table"], first, "i64")
-                    here = e.select(e.compare("sge", place, 0), e.number(-1), e.number(0))
-                    values = [start + place * of["x_col"], here]
-                elif shape.source == "table":
-                    values = [start, first]
-                else:
-                    begin = first - of["lo"]
-                    masks = [e.bits_within(begin + p * shape.lanes, of["in_width"]) for p in range(shape.stride)]
-                    values = [start + begin, *masks]
-                to = (j * of["slot_length"] + v * step) * (of["pitch"] if pixels else 1)
-                if shape.source != "table":
-                    values[1:] = [e.select(real, bits, e.number(0)) for bits in values[1:]]
-                else:
-                    values[1] = e.select(real, values[1], e.number(-1))
-                for i, value in enumerate((to, *values)):
-                    e.put(value, entries, at + i)
-                return []
-
-            e.loop(vectors, [], each_vector)
-            return []
-
-        e.loop(of["slot_count"], [], each_slot)
-
-    def reach(self, depth: Value, place: int) -> Value:
-        """One of the numbers that `reach` has of a depth."""
-        return self.e.scalar(self.given["reach"], depth * REACH + place, "i64")
-
-    def gather(self, scratch: Value, x: Value, depth: Value) -> None:
-        """Fill the strip of a block, channel by channel (or pixel by pixel), as its list says."""
-        e, of, shape = self.e, self.given, self.shape
-        copy = {"rows": self.copy_row, "pixels": self.copy_pixel, "table": self.copy_table}[shape.source]
-        size = fields(shape)
-        entries = e.at(e.at(scratch, of["entries"]), self.reach(depth, 2) * self.vectors * size, "i64")
-        count = self.reach(depth, 3) * self.vectors
-        if shape.source == "pixels":
-            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), [x], scratch))
-            return
-        # What an entry says is read once for some channels.
-        most = AT_ONCE if shape.source == "rows" else 1
-
-        def copies(count_at_once: int, first: Value, alone: bool = False) -> list[Value]:
-            """Some channels (or pairs) from the first on; the last of an odd number is alone in its pair."""
-            to = e.at(scratch, first * of["pitch"])
-            begin = e.at(x, first * shape.steps * of["x_channel"], shape.stored)
-            each = [
-                e.at(begin, of["x_channel"] * i, shape.stored)
-                for i in range(1 if alone else count_at_once * shape.steps)
-            ]
-            e.loop(count, [], lambda i, _: copy(e.at(entries, i * size, "i64"), each, to))
-            return []
-
-        full = of["group_in"] // shape.steps
-        e.loop(full // most, [], lambda i, _: copies(most, i * most))
-        if most > 1:
-            e.loop(full % most, [], lambda i, _: copies(1, full // most * most + i))
-        if shape.pairs:
-            e.loop(of["group_in"] % 2, [], lambda *_: copies(1, full, alone=True))
-
-    def copy_row(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
-        e, shape = self.e, self.shape
-        at, start, *bits = (e.scalar(entry, i, "i64") for i in range(2 + shape.stride))
-        masks = [e.mask(lanes) for lanes in bits]
-        rows = []
-        for x in channels:
-            parts = [e.load(x, start + p * shape.lanes, mask, shape.stored) for p, mask in enumerate(masks)]
-            rows.append(e.every(shape.stride, 0, parts))
-            e.prefetch(e.at(x, self.given["ahead"] + start, shape.stored))
-        for i, first in enumerate(range(0, len(rows), shape.steps)):
-            e.store(self.together(rows[first : first + shape.steps]), to, self.given["pitch"] * i + at)
-        return []
-
-    def copy_table(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
-        e, of, shape = self.e, self.given, self.shape
-        at, start, first = (e.scalar(entry, i, "i64") for i in range(3))
-        # Outside along another dimension: look anywhere, take nothing.
-        places = e.places(e.most(first, 0), of["stride_cols"])
-        shown = e.gather(of["col_table"], places, None, "i64")
-        real = e.compare_lanes("sge", shown, e.select(first < 0, e.number((1 << 63) - 1), e.number(0)))
-        there = e.move_places(e.scale_places(shown, of["x_col"]), start)
-        carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored  # not every target has vectors of half types
-        rows = [e.widen(e.gather(x, there, real, carrier), shape.stored) for x in channels]
-        e.store(self.together(rows), to, at)
-        return []
-
-    def copy_pixel(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:
-        e, shape, lanes = self.e, self.shape, self.shape.lanes
-        (x,) = channels
-        at, start, bits = (e.scalar(entry, i, "i64") for i in range(3))
-
-        def copy(v: Value, bits: Value) -> None:
-            if shape.pairs:
-                value = e.load_pairs(x, start + v * (2 * lanes), e.mask(bits))
-            else:
-                value = e.load(x, start + v * lanes, e.mask(bits), shape.stored)
-            e.store(value, to, at + v * lanes)
-
-        def some(i: Value, _: list[Value]) -> Sequence[Value]:
-            for v in range(AT_ONCE):
-                copy(i * AT_ONCE + v, bits)
-            return []
-
-        def rest(i: Value, _: list[Value]) -> Sequence[Value]:
-            v = self.channels // (AT_ONCE * lanes) * AT_ONCE + i
-            copy(v, e.integer("and", bits, e.bits_within(0, self.channels - v * lanes)))
-            return []
-
-        e.loop(self.channels // (AT_ONCE * lanes), [], some)
-        e.loop((self.channels % (AT_ONCE * lanes) + (lanes - 1)) // lanes, [], rest)
-        return []
-
-    def together(self, rows: Sequence[Value]) -> Value:
-        """What the strip holds of these channels."""
-        if not self.shape.pairs:
-            return rows[0]
-        return self.e.pairs_of(rows[0], rows[1] if len(rows) > 1 else self.e.zero)
 
     # -- the product -------------------------------------------------------------------------------------------------
 
@@ -447,7 +294,7 @@ class _Dense:
             each = [e.load(of["bias"], p, mask, shape.stored) for p, mask in zip(places, masks, strict=True)]
             acc = each * scalars
 
-        taps, count = e.at(of["taps"], self.reach(depth, 0) * 2, "i64"), self.reach(depth, 1)
+        taps, count = e.at(of["taps"], self.gather.reach(depth, 0) * 2, "i64"), self.gather.reach(depth, 1)
 
         def multiply(acc: Value, a: Value, b: Value) -> Value:
             return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plainconv.cpu import compile as cpu
-from plainconv.cpu import dense, pack
+from plainconv.cpu import dense, gather, pack
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, summation_error
@@ -354,7 +354,7 @@ def _source(request: Request, x: Places) -> tuple[str, Layout]:
         return "pixels", way
     _, _, width = folded(request.problem, x.merge)
     bordered = request.problem.padding_mode != "zeros" and max(width.padding) > 0
-    return "rows" if x.col == 1 and width.stride <= dense.PICKED_STRIDE and not bordered else "table", way
+    return "rows" if x.col == 1 and width.stride <= gather.PICKED_STRIDE and not bordered else "table", way
 
 
 class Packing(NamedTuple):
@@ -616,7 +616,7 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
     pixels = source == "pixels"
     strip = _padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
     copies = rows * (length if pixels else -(-length // way.lanes))
-    return strip, strip + _padded(8 * copies * dense.MOST_FIELDS, ALIGNMENT)
+    return strip, strip + _padded(8 * copies * gather.MOST_FIELDS, ALIGNMENT)
 
 
 @lru_cache(4096)
