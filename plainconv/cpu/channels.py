@@ -1,41 +1,46 @@
 """The kernel of `depthwise` for channels_last: lanes are neighbouring channels, in and out.
 
-    y[p, c .. c + lanes]  =  bias[c ..]  +  sum over k  of  weight[k, c ..] * x[p * stride + k * dilation - lo, c ..]
+    y[r, p, c .. c + lanes]  =  bias[c ..]  +  sum over i, k  of
+        weight[i, k, c ..] * x[r * stride + i * dilation - lo, p * stride + k * dilation - lo, c ..]
 
-All of it is three-dimensional (depth, rows, width); what has fewer dimensions has sizes of 1 in front.  The weight is
-packed first, to [block, taps, channels of a block].  A tile is
+All of it is three-dimensional (depth, rows, width); what has fewer dimensions has sizes of 1 in front.  A tile is
 
-    pixels x vectors        neighbours along the width, and vectors of channels side by side: one register each
+    rows x pixels        of a vector of channels: one register each
 
 and the loops are, from the outside in,
 
-    task          an image, a depth, some rows of the output and some blocks of channels
-      fill        the addresses of the input rows that each row reads, for each depth and row of the kernel
-      column      pixels of a tile
-        block     vectors of channels
-          row     so that the rows of the kernel find in the nearest cache what the row above has read
-            step  an input row
-              load weights; load x, a pixel that serves all the outputs it lies under; acc[p][v] += weight * x
+    group           blocks of channels, a vector each: their weight is packed, to [block, taps, lanes]
+      task          an image, a span of tiles along the width, a strip of `rows` rows, a depth
+        fill        the addresses of the input rows that the strip reads, for each depth of the kernel
+        tile        pixels
+          block     of the group
+            step    a depth of the kernel, and `inner` of its rows
+              load weights
+              each input row: load x, a pixel that serves all the outputs it lies under; acc[r][p] += weight * x
 
-In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.
+so that a pixel is loaded once for all that it meets: with 3x3 taps, two rows of 7 pixels load 4 rows of 9 for 126
+products.  Depths follow each other, since they read nearly the same.
 
-Borders are tables: which element of the input a place shows, or -1.  A row of the border is left out, for it adds
-zeros; unless a weight is infinite or NaN, whose product with zero is NaN.  Tiles inside step from pixel to pixel; those
-at the edges, and the narrower ones that end the row, look each pixel up, and read zeros for what lies outside.
+In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  The last block begins
+so early that it ends with the channels, and computes some of them again; only fewer channels than lanes need a mask.
+
+Borders are tables: which element of the input a place shows, or -1.  What lies in the border is left out, for it adds
+zeros; unless a weight of the group is infinite or NaN, whose product with zero is NaN.  Tiles inside step from pixel to
+pixel; those at the edges, and the narrower ones that end the row, look each pixel up.
 
 Sizes are arguments, so that a new image size compiles nothing: `Shape` has all that the text depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
 
-POINTERS = ("x", "w", "bad", "bias", "residual", "y", "depth_table", "row_table", "width_table", "zeros")
+POINTERS = ("x", "w", "packed", "bias", "residual", "y", "depth_table", "row_table", "width_table", "zeros")
 SIZES = (
     "x_image",  # elements from one image to the next, and so on
     "x_depth",
@@ -46,22 +51,22 @@ SIZES = (
     "y_row",
     "y_pixel",
     "channels",
-    "whole",  # blocks of `vectors` vectors; those after them have one
-    "blocks",  # all of them
+    "blocks",  # of channels
     "groups",  # that blocks are dealt to
-    "parts",  # that rows are dealt to
+    "tasks",  # of a group
+    "shares",  # that all tasks are dealt to: each packs weights for itself
+    "spans",  # that the tiles of a row are dealt to
+    "strips",
     "out_depth",
     "out_rows",
     "out_width",
     "lo",  # padding before a row
     "head",  # tiles at the left edge
     "inside",  # tiles after them
-    "edges",  # tiles at both edges
+    "tiles",  # all of them
     "ends",  # narrower tiles, for what does not fill a tile
 )
-PACK_POINTERS = ("w", "packed", "bad")
-PACK_SIZES = ("channels", "whole")
-ROWS = 4  # of a task, at most: rows share what they read, but tall tasks read memory in too many places
+CHECKED = 4  # vectors of the weight at a time, when it is looked at
 UNROLLED = 32  # taps of a weight, packed in a row
 
 
@@ -70,11 +75,11 @@ class Shape:
     """All that the text of a kernel depends on.
 
     element, stored  types of the sums and of memory
-    kernel           of depth, rows and width; stride and dilation are the width's: tables know the others
-    vectors          of a whole block of channels (`whole`: there are some)
-    rest             "" or what follows the whole blocks: blocks of one "full" vector, or that end under a "mask"
-    pixels, ends     of a tile, and of the narrower tiles
-    taps             along the width that are unrolled together: their weights stay in registers
+    kernel           of depth, rows and width; stride and dilation are those of rows and width: tables know the depth's
+    mask             whether there are fewer channels than lanes
+    rows, pixels     of a tile; `ends`: pixels of the narrower tiles, 0 if there are none
+    inner, taps      along the rows and the width, that are unrolled together
+    holds            whether all their weights stay in registers, or only those that an input row meets
     """
 
     element: str
@@ -82,14 +87,15 @@ class Shape:
     lanes: int
     native: frozenset[str]
     kernel: tuple[int, int, int]
-    stride: int
-    dilation: int
-    vectors: int
-    whole: bool
-    rest: str
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    mask: bool
+    rows: int
     pixels: int
     ends: int
+    inner: int
     taps: int
+    holds: bool
     has_bias: bool
     has_residual: bool
     activation: str | None
@@ -99,278 +105,310 @@ class Shape:
         """Of the whole kernel."""
         return self.kernel[0] * self.kernel[1] * self.kernel[2]
 
+    @property
+    def chunks(self) -> int:
+        """Steps for each depth of the kernel."""
+        return self.kernel[1] // self.inner
+
+    @property
+    def meets(self) -> dict[int, list[tuple[int, int]]]:
+        """For each input row of a step, counted from the first: the rows of the tile it serves, and by which tap."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for row in range(self.rows):
+            for k in range(self.inner):
+                found.setdefault(row * self.stride[0] + k * self.dilation[0], []).append((row, k))
+        return dict(sorted(found.items()))
+
 
 @lru_cache(512)
 def text(shape: Shape) -> str:
-    """The kernel of this shape: POINTERS and SIZES are its arguments, tasks count image, depth, part, group."""
+    """The kernel of this shape: POINTERS and SIZES are its arguments, tasks count group, image, span, strip, depth.
+
+    packed has room for [shares, blocks, taps, lanes] accumulators.
+    """
     return _Channels(shape).kernel()
 
 
-@lru_cache(512)
-def pack_text(shape: Shape) -> str:
-    """The kernel that packs the weight: PACK_POINTERS and PACK_SIZES are its arguments, tasks count blocks.
-
-    packed is [block, taps, channels of a block], of accumulators, zeros behind the last channel; bad[block] becomes 1
-    if a weight times zero is not zero.
-    """
-    return _Pack(shape).kernel()
-
-
 @dataclass(frozen=True)
-class _Block:
-    """Channels that are computed together: the first, how many vectors, and the mask of the last vector."""
+class _Group:
+    """Blocks of channels: the first, how many, where their weight is packed, and whether it has infinities or NaN."""
 
     first: Value
     count: Value
-    vectors: int
-    mask: Value | None
-
-    def masked(self, vector: int) -> Value | None:
-        return self.mask if vector == self.vectors - 1 else None
+    packed: Value
+    bad: Value
 
 
-class _Blocks:
-    """What both kernels know: their arguments, and where a block of channels begins."""
-
-    def __init__(self, shape: Shape, pointers: Sequence[str], sizes: Sequence[str]) -> None:
+class _Channels:
+    def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.e = e = Emit(shape.lanes, shape.element, shape.native)
-        given = e.arguments(*("ptr",) * len(pointers), *("i64",) * len(sizes))
-        self.given = dict(zip((*pointers, *sizes), given, strict=True))
-
-    def choose(self, block: Value, serve: Callable[[_Block], None]) -> None:
-        """Call serve for a whole block, or for one of those after them."""
-        e, of, shape = self.e, self.given, self.shape
-        width = shape.vectors * shape.lanes
-
-        def whole() -> None:
-            serve(_Block(block * width, e.number(width), shape.vectors, None))
-
-        def rest() -> None:
-            first = of["whole"] * width + (block - of["whole"]) * shape.lanes
-            left = e.least(of["channels"] - first, shape.lanes)
-            serve(_Block(first, left, 1, e.tail(left) if shape.rest == "mask" else None))
-
-        if shape.whole and shape.rest:
-            e.when(block < of["whole"], whole, rest)
-        else:
-            (whole if shape.whole else rest)()
-
-
-class _Pack(_Blocks):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape, PACK_POINTERS, PACK_SIZES)
+        given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
+        self.given = dict(zip((*POINTERS, *SIZES), given, strict=True))
+        steps = shape.kernel[0] * shape.chunks
+        self.starts = e.stack("ptr", steps * len(shape.meets))  # where input rows begin: nowhere, if left out
+        self.pixels = e.stack("i64", steps * len(shape.meets))  # how far apart their pixels are
+        self.weights = e.stack("i64", steps)  # and for each step, where its weights are
+        self.mask = e.tail(self.given["channels"]) if shape.mask else None
 
     def kernel(self) -> str:
-        e = self.e
-
-        def task(i: Value, _: list[Value]) -> Sequence[Value]:
-            self.choose(e.begin + i, lambda block: self.pack(e.begin + i, block))
-            return []
-
-        e.loop(e.end - e.begin, [], task)
-        return e.module()
-
-    def pack(self, number: Value, block: _Block) -> None:
         e, of, shape = self.e, self.given, self.shape
-        taps, width = shape.all_taps, block.vectors * shape.lanes
-        w = e.at(of["w"], block.first * taps, shape.stored)
-        packed = e.at(of["packed"], block.first * taps)
+        each = of["tasks"]
+        share = (e.begin * of["shares"] + (each * of["groups"] - 1)) // (each * of["groups"])
+        size = of["blocks"] * (shape.all_taps * shape.lanes)
+        packed = e.at(of["packed"], share * size)
+        first = e.begin // each
 
-        def clear(i: Value, _: list[Value]) -> Sequence[Value]:
-            e.store(e.zero, packed, i * shape.lanes)
-            return []
+        def group(i: Value, _: list[Value]) -> Sequence[Value]:
+            number = first + i
+            behind = number * each
+            begin, end = e.most(e.begin, behind), e.least(e.end, behind + each)
+            first_block, count = self.share(number, "blocks", "groups")
+            blocks = _Group(first_block, count, packed, self.pack(first_block, count, packed))
 
-        def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
-            def move(tap: Value | int) -> None:
-                one = e.widen(e.scalar(w, c * taps + tap, shape.stored), shape.stored)
-                e.put(one, packed, c + tap * width)
-
-            def each_tap(tap: Value, _: list[Value]) -> Sequence[Value]:
-                move(tap)
+            def task(i: Value, _: list[Value]) -> Sequence[Value]:
+                self.task(blocks, begin - behind + i)
                 return []
 
-            if taps > UNROLLED:
-                e.loop(taps, [], each_tap)
-            else:
-                for tap in range(taps):
-                    move(tap)
+            e.loop(end - begin, [], task)
             return []
 
-        def times_zero(i: Value, sums: list[Value]) -> Sequence[Value]:
-            return [e.fma(e.load(packed, i * shape.lanes), e.zero, sums[0])]
-
-        if block.mask:
-            e.loop(taps * block.vectors, [], clear)
-        e.loop(block.count, [], each_channel)
-        (total,) = e.loop(taps * block.vectors, [e.zero], times_zero)
-        e.put(e.select(e.any(e.is_nan(total)), e.number(1), e.number(0)), of["bad"], number)
-
-
-class _Channels(_Blocks):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape, POINTERS, SIZES)
-        e, self.steps = self.e, shape.kernel[0] * shape.kernel[1]
-        self.starts = e.stack("ptr", ROWS * self.steps)  # for each row of the output, where input rows begin,
-        self.pixels = e.stack("i64", ROWS * self.steps)  # how far apart their pixels are,
-        self.weights = e.stack("i64", ROWS * self.steps)  # where the weights are that they are multiplied by;
-        self.counts = e.stack("i64", ROWS)  # and how many there are
-
-    def kernel(self) -> str:
-        e, of = self.e, self.given
-
-        def task(i: Value, _: list[Value]) -> Sequence[Value]:
-            place = e.begin + i
-            group, place = place % of["groups"], place // of["groups"]
-            part, place = place % of["parts"], place // of["parts"]
-            self.task(place // of["out_depth"], place % of["out_depth"], part, group)
-            return []
-
-        e.loop(e.end - e.begin, [], task)
+        e.loop((e.end - 1) // each - first + 1, [], group)
         return e.module()
 
-    def task(self, image: Value, d: Value, part: Value, group: Value) -> None:
+    def share(self, number: Value, total: str, among: str) -> tuple[Value, Value]:
+        """The first, and how many, of the numbered share."""
+        of = self.given
+        first = number * of[total] // of[among]
+        return first, (number + 1) * of[total] // of[among] - first
+
+    def channel(self, block: Value) -> Value:
+        """The first of a block."""
+        first = block * self.shape.lanes
+        return first if self.shape.mask else self.e.least(first, self.given["channels"] - self.shape.lanes)
+
+    # -- the weight --------------------------------------------------------------------------------------------------
+
+    def pack(self, first: Value, count: Value, packed: Value) -> Value:
+        """Write the weight of these blocks to [block, taps, lanes]; whether any of it times zero is not zero."""
         e, of, shape = self.e, self.given, self.shape
+        taps, lanes = shape.all_taps, shape.lanes
 
-        def share(number: Value, total: str, among: str) -> tuple[Value, Value]:
-            """The first, and how many, of the numbered share."""
-            first = number * of[total] // of[among]
-            return first, (number + 1) * of[total] // of[among] - first
+        def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
+            channel = self.channel(first + i)
+            to = e.at(packed, i * (taps * lanes))
 
-        row, rows = share(part, "out_rows", "parts")
-        first_block, blocks = share(group, "blocks", "groups")
-        self.fill(image, d, row, rows, first_block, blocks)
+            def clear(tap: Value, _: list[Value]) -> Sequence[Value]:
+                e.store(e.zero, to, tap * lanes)
+                return []
+
+            def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
+                w = e.at(of["w"], (channel + c) * taps, shape.stored)
+
+                def move(tap: Value | int) -> None:
+                    e.put(e.widen(e.scalar(w, tap, shape.stored), shape.stored), to, c + e.number(tap) * lanes)
+
+                def each_tap(tap: Value, _: list[Value]) -> Sequence[Value]:
+                    move(tap)
+                    return []
+
+                if taps > UNROLLED:
+                    e.loop(taps, [], each_tap)
+                else:
+                    for tap in range(taps):
+                        move(tap)
+                return []
+
+            if shape.mask:
+                e.loop(taps, [], clear)
+            e.loop(of["channels"] if shape.mask else lanes, [], each_channel)
+            return []
+
+        e.loop(count, [], each_block)
+        begin = self.channel(first)
+        end = e.least((first + count) * lanes, of["channels"])
+        w, numbers = e.at(of["w"], begin * taps, shape.stored), (end - begin) * taps
+
+        def times_zero(at: Value, total: Value, mask: Value | None = None) -> Value:
+            return e.fma(e.load(w, at, mask, shape.stored), e.zero, total)
+
+        def some(i: Value, totals: list[Value]) -> Sequence[Value]:
+            at = i * (CHECKED * lanes)
+            return [times_zero(at + v * lanes, total) for v, total in enumerate(totals)]
+
+        def last(i: Value, totals: list[Value]) -> Sequence[Value]:
+            at = numbers // (CHECKED * lanes) * (CHECKED * lanes) + i * lanes
+            return [times_zero(at, totals[0], e.tail(numbers - at)), *totals[1:]]
+
+        totals = e.loop(numbers // (CHECKED * lanes), [e.zero] * CHECKED, some)
+        totals = e.loop((numbers % (CHECKED * lanes) + (lanes - 1)) // lanes, totals, last)
+        for other in totals[1:]:
+            totals[0] = e.add(totals[0], other)
+        return e.any(e.is_nan(totals[0]))
+
+    # -- a strip -----------------------------------------------------------------------------------------------------
+
+    def task(self, group: _Group, place: Value) -> None:
+        e, of, shape = self.e, self.given, self.shape
+        d, place = place % of["out_depth"], place // of["out_depth"]
+        strip, place = place % of["strips"], place // of["strips"]
+        span, image = place % of["spans"], place // of["spans"]
+        row = e.least(strip * shape.rows, of["out_rows"] - shape.rows)  # the last strip may overlap
+        steps = self.fill(group.bad, image, d, strip)
         to = image * of["y_image"] + d * of["y_depth"] + row * of["y_row"]
 
         def tile(first: Value, pixels: int, inside: bool) -> None:
             def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
-                self.choose(first_block + i, lambda block: self.tile(block, rows, to, first, pixels, inside))
+                self.tile(group, i, steps, to, first, pixels, inside)
                 return []
 
-            e.loop(blocks, [], each_block)
+            e.loop(group.count, [], each_block)
 
-        def inside(i: Value, _: list[Value]) -> Sequence[Value]:
-            tile((of["head"] + i) * shape.pixels, shape.pixels, True)
+        def each_tile(i: Value, _: list[Value]) -> Sequence[Value]:
+            number = first + i
+
+            def edge() -> None:
+                tile(number * shape.pixels, shape.pixels, False)
+
+            def end() -> None:
+                # The last one begins so early that it ends with the row: it may compute a pixel again.
+                begin = of["tiles"] * shape.pixels + (number - of["tiles"]) * shape.ends
+                tile(e.least(begin, of["out_width"] - shape.ends), shape.ends, False)
+
+            def not_inside() -> None:
+                if shape.ends:
+                    e.when(number < of["tiles"], edge, end)
+                else:
+                    edge()
+
+            within = e.compare("ult", number - of["head"], of["inside"])
+            e.when(within, lambda: tile(number * shape.pixels, shape.pixels, True), not_inside)
             return []
 
-        def edge(i: Value, _: list[Value]) -> Sequence[Value]:
-            tile(e.select(i < of["head"], i, i + of["inside"]) * shape.pixels, shape.pixels, False)
-            return []
+        total = of["tiles"] + of["ends"]
+        first = span * total // of["spans"]
+        e.loop((span + 1) * total // of["spans"] - first, [], each_tile)
 
-        def end(i: Value, _: list[Value]) -> Sequence[Value]:
-            # The last one begins so early that it ends with the row: it may compute a pixel again.
-            first = (of["inside"] + of["edges"]) * shape.pixels + i * shape.ends
-            tile(e.least(first, of["out_width"] - shape.ends), shape.ends, False)
-            return []
-
-        e.loop(of["inside"], [], inside)
-        e.loop(of["edges"], [], edge)
-        if shape.ends:
-            e.loop(of["ends"], [], end)
-
-    def fill(self, image: Value, d: Value, first: Value, rows: Value, first_block: Value, blocks: Value) -> None:
-        """Write down the input rows that each row of the task reads."""
+    def fill(self, bad: Value, image: Value, d: Value, strip: Value) -> Value:
+        """Write down the input rows that a strip reads; how many steps there are."""
         e, of, shape = self.e, self.given, self.shape
         depth, high, width = shape.kernel
+        count = len(shape.meets)
         x = e.at(of["x"], image * of["x_image"], shape.stored)
+        nowhere = e.select(bad, e.address(of["zeros"]), e.number(0))  # for a row of the border
 
-        def add(i: Value, sums: list[Value]) -> Sequence[Value]:
-            return [sums[0] + e.scalar(of["bad"], first_block + i, "i64")]
+        def each_depth(kd: Value, state: list[Value]) -> Sequence[Value]:
+            (kept,) = state
+            by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
+            plane = e.address(e.at(x, by_depth * of["x_depth"], shape.stored))
+            least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
 
-        (bad,) = e.loop(blocks, [e.number(0)], add)
-        kept = e.select(bad > 0, e.number(1), e.number(0))  # for a row of the border
-
-        def each_row(r: Value, _: list[Value]) -> Sequence[Value]:
-            def each_depth(kd: Value, state: list[Value]) -> Sequence[Value]:
-                by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
-                plane = e.at(x, by_depth * of["x_depth"], shape.stored)
-                least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
-
-                def each_tap(kh: Value, state: list[Value]) -> Sequence[Value]:
-                    (count,) = state
-                    by_row = e.scalar(of["row_table"], (first + r) * high + kh, "i64")
-                    real, slot = by_row >= least, r * self.steps + count
-                    start = e.select(real, e.at(plane, by_row * of["x_row"], shape.stored), of["zeros"])
-                    e.put(start, self.starts, slot)
+            def each_chunk(chunk: Value, _: list[Value]) -> Sequence[Value]:
+                for i in range(count):
+                    by_row = e.scalar(of["row_table"], (strip * shape.chunks + chunk) * count + i, "i64")
+                    real, slot = by_row >= least, (kept * shape.chunks + chunk) * count + i
+                    start = plane + by_row * of["x_row"] * SCALARS[shape.stored]
+                    e.put(e.select(real, start, nowhere), self.starts, slot)
                     e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
-                    e.put((kd * high + kh) * width, self.weights, slot)
-                    return [count + e.select(real, e.number(1), kept)]
+                e.put(
+                    (kd * high + chunk * shape.inner) * (width * shape.lanes), self.weights, kept * shape.chunks + chunk
+                )
+                return []
 
-                return e.loop(high, state, each_tap)
+            e.loop(shape.chunks, [], each_chunk)
+            return [kept + e.select(by_depth >= e.select(bad, e.number(-1), e.number(0)), e.number(1), e.number(0))]
 
-            (count,) = e.loop(depth, [e.number(0)], each_depth)
-            e.put(count, self.counts, r)
-            return []
+        (kept,) = e.loop(depth, [e.number(0)], each_depth)
+        return kept * shape.chunks
 
-        e.loop(rows, [], each_row)
+    # -- a tile ------------------------------------------------------------------------------------------------------
 
-    def tile(self, block: _Block, rows: Value, to: Value, first: Value, pixels: int, inside: bool) -> None:
-        """Pixels first, first + 1, ... of all rows of the task, in the channels of one block."""
+    def tile(
+        self, group: _Group, block: Value, steps: Value, to: Value, first: Value, pixels: int, inside: bool
+    ) -> None:
+        """Pixels first, first + 1, ... of the rows of a strip, in the channels of one block of the group."""
         e, of, shape = self.e, self.given, self.shape
-        width, taps = shape.kernel[2], min(shape.taps, shape.kernel[2])
-        vectors, across = range(block.vectors), block.vectors * shape.lanes
-        begin = [e.zero for _ in vectors]
-        if shape.has_bias:
-            begin = [e.load(of["bias"], block.first + v * shape.lanes, block.masked(v), shape.stored) for v in vectors]
-        packed = e.at(of["w"], block.first * shape.all_taps)
-        place = first * shape.stride  # in the padded row, where the first tap begins
+        width, taps = shape.kernel[2], shape.taps
+        channel = self.channel(group.first + block)
+        begin = e.load(of["bias"], channel, self.mask, shape.stored) if shape.has_bias else e.zero
+        packed = e.at(group.packed, block * (shape.all_taps * shape.lanes))
+        place = first * shape.stride[1]  # in the padded row, where the first tap begins
 
-        def each_row(r: Value, _: list[Value]) -> Sequence[Value]:
-            def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
-                slot = r * self.steps + step
-                start = e.at(e.scalar(self.starts, slot, "ptr"), block.first, shape.stored)
-                pixel = e.scalar(self.pixels, slot, "i64")
-                weights = e.at(packed, e.scalar(self.weights, slot, "i64") * across)
+        def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
+            weights = e.at(packed, e.scalar(self.weights, step, "i64"))
 
-                def some(group: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
-                    w = e.at(weights, group * (taps * across))
-                    left = place + group * (taps * shape.dilation)
-                    return self.taps(block, acc, start, pixel, w, left, pixels, count, inside)
+            def some(chunk: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
+                w = e.at(weights, chunk * (taps * shape.lanes))
+                left = place + chunk * (taps * shape.dilation[1])
+                return self.taps(group, channel, acc, step, w, left, pixels, count, inside)
 
-                acc = e.loop(width // taps, acc, some)
-                return some(e.number(width // taps), acc, width % taps) if width % taps else acc
+            acc = e.loop(width // taps, acc, some)
+            return some(e.number(width // taps), acc, width % taps) if width % taps else acc
 
-            acc = e.loop(e.scalar(self.counts, r, "i64"), begin * pixels, each_step)
+        acc = e.loop(steps, [begin] * (shape.rows * pixels), each_step)
+        for r in range(shape.rows):
+            at = to + r * of["y_row"] + first * of["y_pixel"] + channel
             for p in range(pixels):
-                at = to + r * of["y_row"] + (first + p) * of["y_pixel"] + block.first
-                for v in vectors:
-                    place_of, mask = at + v * shape.lanes, block.masked(v)
-                    residual = e.load(of["residual"], place_of, mask, shape.stored) if shape.has_residual else None
-                    result = finish(e, acc[p * block.vectors + v], residual, shape.activation)
-                    e.store(result, of["y"], place_of, mask, shape.stored)
-            return []
-
-        e.loop(rows, [], each_row)
+                residual = e.load(of["residual"], at, self.mask, shape.stored) if shape.has_residual else None
+                result = finish(e, acc[r * pixels + p], residual, shape.activation)
+                e.store(result, of["y"], at, self.mask, shape.stored)
+                at = at + of["y_pixel"]
 
     def taps(
         self,
-        block: _Block,
-        acc: Sequence[Value],
-        start: Value,
-        pixel: Value,
+        group: _Group,
+        channel: Value,
+        acc: list[Value],
+        step: Value,
         weights: Value,
         left: Value,
         pixels: int,
         count: int,
         inside: bool,
     ) -> list[Value]:
-        """Add what `count` neighbouring taps of one input row give, the first of them at place `left`."""
+        """Add what the input rows of a step give to `count` neighbouring taps, the first of them at place `left`."""
         e, of, shape = self.e, self.given, self.shape
-        acc, vectors = list(acc), block.vectors
-        w = [[e.load(weights, (k * vectors + v) * shape.lanes) for v in range(vectors)] for k in range(count)]
         under: dict[int, list[tuple[int, int]]] = {}  # for each place, the pixels it serves, and by which tap
         for p in range(pixels):
             for k in range(count):
-                under.setdefault(p * shape.stride + k * shape.dilation, []).append((p, k))
-        at, before = e.at(start, (left - of["lo"]) * pixel, shape.stored) if inside else start, 0
-        for place in sorted(under):
-            if inside:
-                at, before = e.at(at, pixel * (place - before), shape.stored), place
-            else:
+                under.setdefault(p * shape.stride[1] + k * shape.dilation[1], []).append((p, k))
+        least = e.select(group.bad, e.number(-1), e.number(0))
+
+        def load_weights(rows: Iterable[int]) -> dict[tuple[int, int], Value]:
+            across = [(i, k) for i in sorted(set(rows)) for k in range(count)]
+            return {(i, k): e.load(weights, (i * shape.kernel[2] + k) * shape.lanes) for i, k in across}
+
+        held = load_weights(range(shape.inner)) if shape.holds else None
+
+        def row(slot: Value, meets: list[tuple[int, int]], acc: dict[tuple[int, int], Value]) -> None:
+            w = held or load_weights(i for _, i in meets)
+            start = e.at(e.scalar(self.starts, slot, "ptr"), channel, shape.stored)
+            pixel = e.scalar(self.pixels, slot, "i64")
+            at, before = e.at(start, (left - of["lo"]) * pixel, shape.stored) if inside else start, 0
+
+            def add(at: Value, place: int) -> None:
+                x = e.load(at, 0, self.mask, shape.stored)
+                for r, i in meets:
+                    for p, k in under[place]:
+                        acc[r, p] = e.fma(x, w[i, k], acc[r, p])
+
+            for place in sorted(under):
+                if inside:
+                    at, before = e.at(at, pixel * (place - before), shape.stored), place
+                    add(at, place)
+                    continue
                 shown = e.scalar(of["width_table"], left + place, "i64")
-                at = e.select(shown >= 0, e.at(start, shown * pixel, shape.stored), of["zeros"])
-            for v in range(vectors):
-                x = e.load(at, v * shape.lanes, block.masked(v), shape.stored)
-                for p, k in under[place]:
-                    acc[p * vectors + v] = e.fma(x, w[k][v], acc[p * vectors + v])
-        return acc
+
+                def look(shown: Value = shown, place: int = place) -> None:
+                    at = e.select(shown >= 0, e.at(start, shown * pixel, shape.stored), of["zeros"])
+                    add(at, place)
+
+                e.only_if(shown >= least, acc, [(r, p) for r, _ in meets for p, _ in under[place]], look)
+
+        sums = {(r, p): acc[r * pixels + p] for r in range(shape.rows) for p in range(pixels)}
+        for number, meets in enumerate(shape.meets.values()):
+            slot = step * len(shape.meets) + number
+            real = e.compare("ne", e.scalar(self.starts, slot, "i64"), 0)
+            rows = {r for r, _ in meets}
+            e.only_if(real, sums, [(r, p) for r, p in sums if r in rows], partial(row, slot, meets, sums))
+        return list(sums.values())

@@ -25,13 +25,16 @@ from __future__ import annotations
 
 import operator
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 SCALARS = {"float": 4, "double": 8, "half": 2, "bfloat": 2, "ptr": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1}
 SUFFIX = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16", "i64": "i64", "i16": "i16", "i32": "i32"}
 HALVES = ("half", "bfloat")  # types of memory only: they are computed with as float
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class _Processor(Protocol):
@@ -254,6 +257,23 @@ class Emit:
             otherwise()
             self._lines.append(f"  br label %{after}")
         self._label(after)
+
+    def only_if(
+        self, condition: Value, state: dict[Key, Value], changed: Iterable[Key], body: Callable[[], None]
+    ) -> None:
+        """Run body's code if the condition holds; it may put new values in state, under the keys that are `changed`."""
+        self._names += 1
+        then, after = f"then{self._names}", f"joined{self._names}"
+        before, old = self._block, dict(state)
+        self._lines.append(f"  br i1 {condition.text}, label %{then}, label %{after}")
+        self._label(then)
+        body()
+        last = self._block
+        self._lines.append(f"  br label %{after}")
+        self._label(after)
+        for key in changed:
+            phi = f"[ {old[key].text}, %{before} ], [ {state[key].text}, %{last} ]"
+            state[key] = self._emit(f"phi {old[key].type} {phi}", old[key].type)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """How `depthwise` serves channels_last: the kernel of plainconv/cpu/channels.py, its tiles, its tables, its cost.
 
-Nothing is padded and nothing is copied; the weight, packed, is the workspace.
+Nothing is padded and no input is copied; the weight, packed by each thread for itself, is the workspace.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,8 +23,10 @@ from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
+ROWS = 2  # and as many rows, where that many products are not too many
+UNROLLED = 400  # products in a row, at most, where taps along the rows are unrolled
 TASKS = 4  # for each thread, at least, so that shares come out even
-PACKED_ALONE = 1 << 15  # numbers of a weight that one thread packs sooner than others wake up
+SPAN = 128  # tiles along the width that a task has, at most
 
 # Rough speeds, measured on one core with AVX-512: they rank algorithms.
 FMA_PER_SECOND = 3.0e9  # vectors multiplied and added
@@ -34,7 +37,7 @@ CACHED = 16 << 20
 HIDDEN = 0.1  # of the shorter of work and memory, the part that the longer does not hide
 STEP_S = 2e-9  # an input row of a tile
 TILE_S = 4e-9
-ROW_S = 15e-9
+STRIP_S = 15e-9
 PACK_S = 0.4e-9  # a number of the weight
 LAUNCH_S = 6e-6
 THREADS_S = 4e-6
@@ -60,33 +63,36 @@ def why_not(request: Request) -> str | None:
 
 
 @lru_cache(4096)
-def shape_of(request: Request, target: cpu.Target) -> channels.Shape:
-    """The kernel that serves a request."""
+def shape_of(request: Request, target: cpu.Target, regular: bool = True) -> channels.Shape:
+    """The kernel that serves a request; regular: whether nothing lies between the pixels of the input."""
     problem = request.problem
-    depth, high, width = folded(problem, False)
+    depth, high, width = folded(problem, regular)
     stored = STORED[request.dtype]
     element = "double" if stored == "double" else "float"
     size = 8 if element == "double" else 4
     lanes = min(target.bits // 8 // size, max(16 // size, 1 << (problem.in_channels - 1).bit_length()))
-    # Two vectors halve what is spent on addresses, but the weights of a wide kernel need registers too.
-    vectors = 2 if target.registers > 16 and width.kernel <= 4 and problem.in_channels >= 2 * lanes else 1
     pixels = next(pixels for pixels in (PIXELS, 4, 2, 1) if pixels <= width.out)
-    spare = target.registers - pixels * vectors - (2 if target.fma else 3)
-    left = problem.in_channels % (vectors * lanes)
+    spare = target.registers - (2 if target.fma else 3)
+    rows = min(ROWS, high.out) if target.registers > 16 else 1
+    inner, products = high.kernel, rows * pixels * high.kernel * width.kernel
+    if rows == 1 or rows * pixels + min(rows, inner) * width.kernel > spare or products > UNROLLED:
+        rows, inner = 1, 1  # no rows to share what is loaded
+    taps = min(width.kernel, max(spare - rows * pixels, 1))
     return channels.Shape(
         element=element,
         stored=stored,
         lanes=lanes,
         native=natives(target) if stored == "half" else frozenset(),
         kernel=(depth.kernel, high.kernel, width.kernel),
-        stride=width.stride,
-        dilation=width.dilation,
-        vectors=vectors,
-        whole=problem.in_channels >= vectors * lanes,
-        rest="" if left == 0 else "full" if left % lanes == 0 else "mask",
+        stride=(high.stride, width.stride),
+        dilation=(high.dilation, width.dilation),
+        mask=problem.in_channels < lanes,
+        rows=rows,
         pixels=pixels,
         ends=min(pixels - 1, 2),
-        taps=min(width.kernel, max(spare // vectors, 1)),
+        inner=inner,
+        taps=taps,
+        holds=rows * pixels + inner * taps <= spare,
         has_bias=request.has_bias,
         has_residual=request.has_residual,
         activation=request.activation,
@@ -95,14 +101,9 @@ def shape_of(request: Request, target: cpu.Target) -> channels.Shape:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Compiled kernels with all of their arguments but the tensors' addresses and strides."""
+    """A compiled kernel with all of its arguments but the tensors' addresses and strides."""
 
-    pack: cpu.Kernel
     kernel: cpu.Kernel
-    packed_bytes: int  # of the workspace; behind them, a number for each block
-    blocks: int
-    pack_sizes: tuple[int, int]
-    pack_threads: int
     tables: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     tasks: int
@@ -114,69 +115,55 @@ def _table(side: Side, mode: str) -> Tensor:
     return torch.stack(taps, 1)
 
 
-def _tables(problem: ConvProblem, shape: channels.Shape) -> tuple[Tensor, ...]:
-    depth, high, width = folded(problem, False)
-    mode = problem.padding_mode
+def _tables(request: Request, shape: channels.Shape, sides: tuple[Side, Side, Side]) -> tuple[Tensor, ...]:
+    (depth, high, width), mode = sides, request.problem.padding_mode
+    strips = -(-high.out // shape.rows)
+    first = (torch.arange(strips) * shape.rows).clamp(max=high.out - shape.rows) * high.stride
+    chunk = torch.arange(shape.chunks).view(-1, 1) * (shape.inner * high.dilation)
+    wanted = first.view(-1, 1, 1) + chunk + torch.tensor(list(shape.meets))
+    by_row = _shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [strip, chunk, row]
     places = (width.out - 1) * width.stride + (width.kernel - 1) * width.dilation + 1
-    zeros = torch.zeros(problem.in_channels + shape.lanes, dtype=torch.float64)  # whatever the type
-    return _table(depth, mode), _table(high, mode), _shown(width, mode, 0, places), zeros
+    zeros = torch.zeros(request.problem.in_channels + shape.lanes, dtype=request.dtype)
+    return _table(depth, mode), by_row, _shown(width, mode, 0, places), zeros
 
 
 def _cut(width: Side, shape: channels.Shape) -> tuple[int, int, int, int]:
-    """Tiles of a row: at the left edge, inside, at both edges, and the narrower ones that end it."""
+    """Tiles of a row: at the left edge, inside, all of them, and the narrower ones that end it."""
     tiles, left = divmod(width.out, shape.pixels)
     step = shape.pixels * width.stride
     reads = (shape.pixels - 1) * width.stride + (width.kernel - 1) * width.dilation + 1  # places of a tile
     head = min(-(-max(width.padding[0], 0) // step), tiles)
     good = min((width.size + width.padding[0] - reads) // step + 1, tiles)  # tiles before the edge on the right
-    inside = max(good - head, 0)
-    return head, inside, tiles - inside, -(-left // shape.ends) if left else 0
+    return head, max(good - head, 0), tiles, -(-left // shape.ends) if left else 0
 
 
-def _blocks(problem: ConvProblem, shape: channels.Shape) -> tuple[int, int]:
-    """Blocks of channels: whole ones, and those after them."""
-    whole, left = divmod(problem.in_channels, shape.vectors * shape.lanes)
-    return whole, -(-left // shape.lanes)
+def _blocks(problem: ConvProblem, shape: channels.Shape) -> int:
+    return -(-problem.in_channels // shape.lanes)
 
 
-def _packed_bytes(problem: ConvProblem, shape: channels.Shape) -> int:
-    """Of the packed weight, in the type of the sums."""
-    whole, rest = _blocks(problem, shape)
+def _packed_bytes(request: Request, shape: channels.Shape) -> int:
+    """Of the packed weight, in the type of the sums: each thread packs what it needs."""
     size = 8 if shape.element == "double" else 4
-    return (whole * shape.vectors + rest) * shape.lanes * shape.all_taps * size
-
-
-def _tasks(request: Request, blocks: int) -> tuple[int, int]:
-    """How many groups the blocks of channels are dealt to, and how many parts the rows."""
-    depth, high, _ = folded(request.problem, False)
-    parts = -(-high.out // channels.ROWS)
-    planes = request.problem.batch * depth.out
-    wanted = TASKS * request.threads if request.threads > 1 else 1
-    groups = min(-(-wanted // (planes * parts)), blocks)
-    return groups, max(parts, min(-(-wanted // (planes * groups)), high.out))
+    return max(request.threads, 1) * _blocks(request.problem, shape) * shape.lanes * shape.all_taps * size
 
 
 @lru_cache(1024)
-def prepare(request: Request) -> Prepared:
-    """The kernels and the tables of a request; a call only adds the addresses of its tensors and their strides."""
+def prepare(request: Request, regular: bool) -> Prepared:
+    """The kernel and the tables of a request; a call only adds the addresses of its tensors and their strides."""
     problem, target = request.problem, cpu.Target.host()
-    depth, high, width = folded(problem, False)
-    shape = shape_of(request, target)
-    whole, rest = _blocks(problem, shape)
-    planes = problem.batch * depth.out
-    groups, parts = _tasks(request, whole + rest)
-    counts = (problem.in_channels, whole, whole + rest, groups, parts, depth.out, high.out, width.out)
-    weights = problem.in_channels * shape.all_taps
+    sides = depth, high, width = folded(problem, regular)
+    shape = shape_of(request, target, regular)
+    head, inside, tiles, ends = _cut(width, shape)
+    strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), -(-(tiles + ends) // SPAN)
+    tasks = problem.batch * depth.out * strips * spans
+    wanted = TASKS * request.threads if request.threads > 1 else 1
+    groups = min(-(-wanted // tasks), blocks) if tasks else 1
+    counts = (problem.in_channels, blocks, groups, tasks, max(request.threads, 1), spans, strips)
     ready = Prepared(
-        pack=cpu.compile(channels.pack_text(shape), target),
         kernel=cpu.compile(channels.text(shape), target),
-        packed_bytes=_packed_bytes(problem, shape),
-        blocks=whole + rest,
-        pack_sizes=(problem.in_channels, whole),
-        pack_threads=1 if weights < PACKED_ALONE else request.threads,
-        tables=_tables(problem, shape),
-        sizes=(*counts, width.padding[0], *_cut(width, shape)),
-        tasks=planes * parts * groups,
+        tables=_tables(request, shape, sides),
+        sizes=(*counts, depth.out, high.out, width.out, width.padding[0], head, inside, tiles, ends),
+        tasks=tasks * groups,
     )
     weigh(ready, sum(table.nbytes for table in ready.tables))
     return ready
@@ -194,24 +181,28 @@ def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, activation and residual included; an input whose channels lie apart is copied."""
-    ready, threads = prepare(request), request.threads
-    apart = tensors.first.shape[1] > 1 and tensors.first.stride(1) != 1
-    strides = () if apart else _strides(tensors.first)
-    tables = tuple(table.data_ptr() for table in ready.tables)
+    problem, x, threads = request.problem, tensors.first, request.threads
+    apart = x.shape[1] > 1 and x.stride(1) != 1
+    regular = apart or x.movedim(1, -1).is_contiguous()
+    ready, c = prepare(request, regular), problem.in_channels
+    _, high, width = folded(problem, regular)
+    strides = _strides(x)
+    if regular:
+        strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
+    made = (math.prod(problem.output_shape[1:]), high.out * width.out * c, width.out * c, c)
+    behind = (*(table.data_ptr() for table in ready.tables), *strides, *made, *ready.sizes)
+    kernel, tasks = ready.kernel, ready.tasks
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
         if apart:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         w, bias = w.contiguous(), None if bias is None else bias.contiguous()
-        packed = workspace.data_ptr()
-        bad = packed + ready.packed_bytes
-        launch(ready.pack, (w.data_ptr(), packed, bad, *ready.pack_sizes), ready.blocks, ready.pack_threads)
         ends = (0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr())
-        pointers = (x.data_ptr(), packed, bad, *ends, out.data_ptr(), *tables)
-        sizes = (*(strides or _strides(x)), *_strides(out), *ready.sizes)
-        launch(ready.kernel, (*pointers, *sizes), ready.tasks, threads)
+        pointers = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), *ends, out.data_ptr())
+        launch(kernel, (*pointers, *behind), tasks, threads)
 
+    call.keeps = ready  # type: ignore[attr-defined]  # the tables that `behind` points to
     return call
 
 
@@ -226,26 +217,23 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
 def cost(request: Request) -> Cost:
     """Work of the tiles as they are, idle lanes too, and memory; the longer hides most of the other."""
     problem, target = request.problem, cpu.Target.host()
-    depth, high, width = folded(problem, False)
+    depth, high, width = folded(problem)
     shape = shape_of(request, target)
-    whole, rest = _blocks(problem, shape)
-    _, inside, edges, ends = _cut(width, shape)
-    rows = problem.batch * depth.out * high.out
-    vectors = whole * shape.vectors + rest
-    steps = rows * shape.kernel[0] * shape.kernel[1]
-    pixels = (inside + edges) * shape.pixels + ends * shape.ends
-    products = steps * vectors * pixels * shape.kernel[2]
-    places = min(shape.kernel[2] + (shape.pixels - 1) * shape.stride, shape.pixels * shape.kernel[2])
-    loads = steps * vectors * (inside + edges + ends) * (places + shape.kernel[2])
+    blocks = _blocks(problem, shape)
+    _, _, tiles, ends = _cut(width, shape)
+    strips = problem.batch * depth.out * -(-high.out // shape.rows)
+    steps = strips * blocks * depth.kernel * shape.chunks
+    sums = shape.rows * (tiles * shape.pixels + ends * shape.ends)  # of a strip
+    products = steps * shape.inner * width.kernel * sums
+    places = min(width.kernel + (shape.pixels - 1) * shape.stride[1], shape.pixels * width.kernel)
+    loads = steps * (tiles + ends) * (len(shape.meets) * places + shape.inner * width.kernel)
     register = max(1.0, shape.lanes * (8 if shape.element == "double" else 4) * 8 / target.bits)
-    tiles = (whole + rest) * (inside + edges + ends)
-    work = register * max(products / FMA_PER_SECOND, loads / LOADS_PER_SECOND) + tiles * steps * STEP_S
-    work += rows * (tiles * TILE_S + ROW_S)
+    work = register * max(products / FMA_PER_SECOND, loads / LOADS_PER_SECOND)
+    work += (tiles + ends) * (steps * STEP_S + strips * blocks * TILE_S) + strips * STRIP_S
     threads = max(request.threads, 1)
     work = work / threads + problem.in_channels * shape.all_taps * PACK_S
     size = request.dtype.itemsize
     elements = sum(torch.Size(problem.shape_of(role)).numel() for role in ("x", "w", "y"))
     memory = size * elements / (BYTES_PER_SECOND if size * elements > CACHED else CACHED_PER_SECOND)
     seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
-    workspace = _packed_bytes(problem, shape) + 8 * (whole + rest)
-    return Cost(products * shape.lanes, size * elements, workspace, seconds)
+    return Cost(products * shape.lanes, size * elements, _packed_bytes(request, shape), seconds)

@@ -6,11 +6,11 @@ There are no other channels for which a loaded vector could be used again.  But 
 input rows: 14 output rows of a 3x3 kernel read 16 rows, not 42.  So the taps of the rows are unrolled (of a long kernel
 9 at a time), and each input row is loaded once for each kx and added wherever it is needed.
 
-In channels_last the lanes are neighbouring channels instead, and a loaded pixel serves all the outputs of its row that
-it lies under: plainconv/cpu/channels.py.
+In channels_last the lanes are neighbouring channels instead, and a loaded pixel serves all the outputs of a tile of
+rows and pixels that it lies under: plainconv/cpu/channels.py.
 
 Cost: n * o * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace is
-room for a weight that is not contiguous.
+room for a weight that is not contiguous; in channels_last, for a packed one of each thread.
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return channels.bind(request, tensors) if _channels_inside(request) else lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=2, fuses=True, bind=_bind)
+ALGORITHM = Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind)
