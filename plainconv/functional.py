@@ -264,15 +264,16 @@ def _call(
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
-    if not torch.compiler.is_compiling() and ops.is_plain(input, weight, bias):
+    if not torch.compiler.is_compiling() and (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
         key = _key(function, input, weight, bias, options)
-        call = _READY.get(key)
-        if call is None:
+        ready = _READY.get(key)
+        if ready is None:
             first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
-            call = _ready(ops.ready(first, weight, bias, make), batched)
+            call = ops.ready(first, weight, bias, make)
+            ready = tuple(run if batched else _unbatched(run) for run in (call.run, call.recorded))
             if key is not None:
-                ops.remember(_READY, key, call)
-        return call(input, weight, bias)
+                ops.remember(_READY, key, ready)
+        return ready[watch.value](input, weight, bias)
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
@@ -280,7 +281,8 @@ def _call(
     return result if batched else result.squeeze(0)
 
 
-_READY: dict[Any, ops.Ready] = {}  # calls of the same arguments, for tensors that lie alike
+_Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_READY: dict[Any, tuple[_Run, ...]] = {}  # by Watch's values: calls of the same arguments, for tensors that lie alike
 on_forget(_READY.clear)
 
 
@@ -309,10 +311,8 @@ def _key(
     )
 
 
-def _ready(ready: ops.Ready, batched: bool) -> ops.Ready:
-    if batched:
-        return ready
-    return lambda input, weight, bias: ready(input.unsqueeze(0), weight, bias).squeeze(0)
+def _unbatched(run: _Run) -> _Run:
+    return lambda input, weight, bias: run(input.unsqueeze(0), weight, bias).squeeze(0)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

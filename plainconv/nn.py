@@ -62,7 +62,7 @@ class _Layer(_ConvNd):
         padding, mode = given.arguments.get("padding", 0), given.arguments.get("padding_mode", "zeros")
         transposed = "transpose" in type(self).function.__name__
         if mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {set(PADDING_MODES)}, but got padding_mode='{mode}'")
+            raise ValueError(f"padding_mode must be one of {_braced(PADDING_MODES)}, but got padding_mode='{mode}'")
         added = _is_added(padding, transposed)
         if added:
             padding = _checked(type(self).function.__name__, padding)
@@ -87,6 +87,11 @@ def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None
     resolve(algorithm, max_workspace, allow_builtin)
 
 
+def _braced(words: tuple[str, ...]) -> str:
+    """As torch writes a set, in an order that stays."""
+    return "{" + ", ".join(map(repr, words)) + "}"
+
+
 def _is_added(padding: Any, transposed: bool) -> bool:
     """Whether torch's constructor does not know this padding."""
     if isinstance(padding, str):
@@ -97,7 +102,7 @@ def _is_added(padding: Any, transposed: bool) -> bool:
 def _checked(function: str, padding: Any) -> Any:
     dims = int(function[-2])
     if isinstance(padding, str) and "transpose" not in function and padding not in CONV_PADDINGS:
-        raise ValueError(f"Invalid padding string {padding!r}, should be one of {set(CONV_PADDINGS)}")
+        raise ValueError(f"Invalid padding string {padding!r}, should be one of {_braced(CONV_PADDINGS)}")
     specs = padding_specs(Spelled(function, dims, (), (), None, 1, padding, 0, 1, 1, "zeros"))
     return padding if isinstance(padding, str) else tuple(specs)
 

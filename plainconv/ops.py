@@ -11,15 +11,17 @@ makes tensor m out of a and b, with respect to a, make a out of b and the cotang
 (for complex numbers b is conjugated), and a tangent goes through the direction itself.  vmap folds the new dimension
 into the batch, the input channels, the output channels or the groups, whichever the tensors that have it share.
 
-Three ways in, for one answer: a plain call runs the plan at once; a call that torch watches (a gradient, a transform,
-a mode) goes through an autograd.Function; a traced one (torch.compile, torch.export) calls the operator.
+Three ways in, for one answer.  A plain call runs the plan at once, within a small autograd.Function if a gradient is
+asked for.  A call that torch watches in any other way (a transform, a mode, forward AD) goes through a Function that
+has rules for all of them, and costs more.  A traced one (torch.compile, torch.export) calls the operator.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from plainconv.remember import on_forget
 from plainconv.settings import Settings
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_Kept = TypeVar("_Kept")
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -77,13 +80,14 @@ def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
 
     `bias` [channels of the result] is added to it (None in GRAD_WEIGHT).
     """
-    if not torch.compiler.is_compiling() and is_plain(first, second, bias):
-        return _compute(first, second, bias, make)
+    if not torch.compiler.is_compiling() and (watch := watching(first, second, bias)) is not Watch.ELSE:
+        call = _remembered(first, second, bias, make)
+        return call.run(first, second, bias) if watch is Watch.NOTHING else call.recorded(first, second, bias)
     return watched(first, second, bias, make)
 
 
 def watched(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
-    """The same for a call that is not plain."""
+    """The same for a call that may be watched by anything."""
     if torch.compiler.is_compiling():
         return _operate(first, second, bias, make)
     return _Convolution.apply(first, second, bias, make)  # type: ignore[no-untyped-call]
@@ -123,31 +127,63 @@ _PLAIN_KEYS = {keys: device for device in ("cpu", "cuda") for keys in _plain_key
 _keys_of = torch._C._dispatch_keys
 
 
-def is_plain(first: Tensor, second: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing watches this call, so that it may run at once: no subclass, no unusual storage, no gradient,
-    no forward-mode level, no functorch transform, no mode, no tracing, no autocast."""
+class Watch(Enum):
+    """What watches a call: nothing, a gradient of reverse mode alone, or something else (and perhaps that too)."""
+
+    NOTHING = 0
+    GRADIENT = 1
+    ELSE = 2
+
+
+def watching(first: Tensor, second: Tensor, bias: Tensor | None) -> Watch:
+    """Whether this call may run at once: no subclass, no unusual storage, no forward-mode level, no functorch
+    transform, no mode, no tracing, no autocast; and whether a gradient is asked for."""
     if type(first) not in _PLAIN or type(second) not in _PLAIN:
-        return False
+        return Watch.ELSE
     device = _PLAIN_KEYS.get(_keys_of(first).raw_repr())
     if device is None or _PLAIN_KEYS.get(_keys_of(second).raw_repr()) != device:
-        return False
+        return Watch.ELSE
     if bias is not None and (type(bias) not in _PLAIN or _PLAIN_KEYS.get(_keys_of(bias).raw_repr()) != device):
-        return False
-    if torch.is_grad_enabled() and (
-        first.requires_grad or second.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return not (
+        return Watch.ELSE
+    if (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled(device)
-    )
+    ):
+        return Watch.ELSE
+    if torch.is_grad_enabled() and (
+        first.requires_grad or second.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Watch.GRADIENT
+    return Watch.NOTHING
 
 
-def _compute(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
-    """The kernel: sizes become a problem, the problem a plan, and the plan fills the result."""
+class Call:
+    """A call for tensors of certain sizes, strides and types, with all that depends on them looked up.
+
+    run(first, second, bias) makes the result; recorded does too, and notes for autograd what its gradients need.
+    """
+
+    __slots__ = ("_derivatives", "make", "run")
+
+    def __init__(self, make: Make, run: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        self.make, self.run = make, run
+        self._derivatives: dict[str, Make] = {}
+
+    def recorded(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+        return _Recorded.apply(first, second, bias, self)  # type: ignore[no-untyped-call]
+
+    def derivative(self, role: str, like: Tensor) -> Make:
+        """As Make's: a given tensor has the same shape and strides in every call."""
+        if role not in self._derivatives:
+            self._derivatives[role] = self.make.derivative(role, like)
+        return self._derivatives[role]
+
+
+def _remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
+    """Sizes become a problem, the problem a plan, and that a call: once for tensors that lie alike."""
     lies = None if bias is None else bias.stride()
     sizes = (make, first.shape, first.stride(), second.shape, second.stride(), lies)
     key = (*sizes, first.dtype, first.device, torch.get_num_threads())
@@ -155,14 +191,11 @@ def _compute(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
     if call is None:
         call = ready(first, second, bias, make)
         remember(_READY, key, call)
-    return call(first, second, bias)
+    return call
 
 
-Ready = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Ready:
-    """The plain call for tensors of these sizes, strides and types, with all that depends on them looked up."""
+def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
+    """The call for tensors of these sizes, strides and types."""
     asked = request(make, first, second, bias, make.direction)
     chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
@@ -170,28 +203,31 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Rea
     how = (tuple(shape), strides)
     large = device.type == "cpu" and empty.nbytes >= LARGE
     if 0 in shape:
-        return lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device)
+        return Call(make, lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device))
     if 0 in first.shape or 0 in second.shape:
-        return lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias)
+        return Call(
+            make,
+            lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias),
+        )
     regular = 0 not in first.stride() and 0 not in second.stride()
-    run = chosen.bind(Tensors(_regular(first), _regular(second), bias))
+    fill = chosen.bind(Tensors(_regular(first), _regular(second), bias))
 
-    def call(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.empty_strided(*how, dtype=dtype, device=device)
         if large:
             in_large_pages(out)
-        run(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
+        fill(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
         return out
 
-    return call
+    return Call(make, run)
 
 
 MOST_READY = 1024  # calls that are remembered, here and at the door
-_READY: dict[Any, Ready] = {}
+_READY: dict[Any, Call] = {}
 on_forget(_READY.clear)
 
 
-def remember(memory: dict[Any, Ready], key: Any, call: Ready) -> None:
+def remember(memory: dict[Any, _Kept], key: Any, call: _Kept) -> None:
     """Keep a call for the next of its kind; a full memory starts anew."""
     if len(memory) >= MOST_READY:
         memory.clear()
@@ -267,6 +303,20 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 # -- gradients -------------------------------------------------------------------------------------------------------
 
 
+class _Recorded(torch.autograd.Function):
+    """A call that nothing but a gradient of reverse mode watches: what setup_context costs, it does not pay."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        ctx.derivative, ctx.make, ctx.has_bias = call.derivative, call.make, bias is not None
+        ctx.save_for_backward(first, second)
+        return call.run(first, second, bias)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        return _gradients(ctx, cotangent)
+
+
 class _Convolution(torch.autograd.Function):
     """All three directions and all their derivatives; `make` says which."""
 
@@ -278,25 +328,13 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Make], output: Tensor) -> None:
         first, second, bias, ctx.make = inputs
-        ctx.has_bias = bias is not None
+        ctx.derivative, ctx.has_bias = ctx.make.derivative, bias is not None
         ctx.save_for_backward(first, second)
         ctx.save_for_forward(first, second)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        first, second = ctx.saved_tensors
-        gradients: list[Tensor | None] = [None, None]
-        given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
-        for i, (role, like) in enumerate(given.items()):
-            if _is_wanted(ctx, i):
-                other = {r: tensor.conj() for r, tensor in given.items() if r != role}
-                other[ctx.make.direction.makes] = cotangent
-                make = ctx.make.derivative(role, like)
-                a, b = (other[r] for r in make.direction.given)
-                gradients[i] = convolve(a, b, None, make)
-        needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-        bias = cotangent.sum([0, *range(2, cotangent.dim())]) if needs_bias else None
-        return gradients[0], gradients[1], bias, None
+        return _gradients(ctx, cotangent)
 
     @staticmethod
     def jvp(ctx: Any, first_t: Tensor | None, second_t: Tensor | None, bias_t: Tensor | None, _: None) -> Tensor:
@@ -323,6 +361,23 @@ class _OneLevel(torch.autograd.function._SingleLevelFunction):
 
     forward, setup_context = _Convolution.forward, _Convolution.setup_context
     backward, jvp = _Convolution.backward, _Convolution.jvp
+
+
+def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    """The backward of all: those of the three gradients that are wanted."""
+    first, second = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None, None]
+    given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
+    for i, (role, like) in enumerate(given.items()):
+        if _is_wanted(ctx, i):
+            other = {r: tensor.conj() for r, tensor in given.items() if r != role}
+            other[ctx.make.direction.makes] = cotangent
+            make = ctx.derivative(role, like)
+            a, b = (other[r] for r in make.direction.given)
+            gradients[i] = convolve(a, b, None, make)
+    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
+    bias = cotangent.sum([0, *range(2, cotangent.dim())]) if needs_bias else None
+    return gradients[0], gradients[1], bias, None
 
 
 def _is_wanted(ctx: Any, i: int) -> bool:
@@ -421,7 +476,7 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
 
     def kernel(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
         with _without_autocast(first.device.type):
-            return _compute(first, second, bias, Make.of(direction, *operands))
+            return _remembered(first, second, bias, Make.of(direction, *operands)).run(first, second, bias)
 
     def fake(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
         make = Make.of(direction, *operands)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -423,7 +424,8 @@ def test_wrong_arguments_are_torchs_value_errors(name, options, same):
             family(name)(4, 6, 3, **options)
         messages.append(str(error.value))
     if same or name in CONVS:
-        assert messages[0] == messages[1]
+        # torch writes a set, whose order changes from run to run
+        assert sorted(re.findall(r"[\w']+", messages[0])) == sorted(re.findall(r"[\w']+", messages[1]))
     else:
         assert messages[0].startswith("padding_mode must be one of {")
         assert messages[0].endswith("}, but got padding_mode='mirror'")

@@ -26,14 +26,15 @@ directions = pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda directi
 @contextlib.contextmanager
 def ways():
     """A list of the answers of the predicate: True where a call went the plain way."""
-    answers, real = [], ops.is_plain
+    answers, real = [], ops.watching
 
     def watched(*tensors):
-        answers.append(bool(real(*tensors)))
-        return answers[-1]
+        watch = real(*tensors)
+        answers.append(watch is ops.Watch.NOTHING)
+        return watch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "is_plain", watched)
+        patch.setattr(ops, "watching", watched)
         yield answers
 
 
@@ -41,7 +42,7 @@ def ways():
 def always_plain():
     """What would happen without the predicate."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "is_plain", lambda *tensors: True)
+        patch.setattr(ops, "watching", lambda *tensors: ops.Watch.NOTHING)
         yield
 
 
@@ -105,11 +106,46 @@ def test_condition_requires_grad():
             y = None
             with contextlib.suppress(RuntimeError):
                 y = plainconv.conv2d(x, w, b, algorithm="im2col")
-            assert y is None or "_Convolution" not in str(y.grad_fn)
+            assert y is None or "_Recorded" not in str(y.grad_fn)
         with ways() as answers, torch.no_grad():
             assert not plainconv.conv2d(x, w, b).requires_grad
         assert answers == [True]
         watched.requires_grad_(False)
+
+
+def test_a_gradient_alone_is_recorded_by_the_small_function():
+    """The other Function has rules for all that may watch, and would do as well, but for its cost."""
+    x, w, b = images(*X, grad=True), images(*W, grad=True), images(*B, grad=True)
+    y = plainconv.conv2d(x, w, b, padding=1)
+    assert type(y.grad_fn).__name__ == "_RecordedBackward"
+    with torch.autocast("cpu"):
+        assert type(plainconv.conv2d(x, w, b).grad_fn).__name__ == "_ConvolutionBackward"
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    theirs = F.conv2d(x, w, b, padding=1)
+    (expected,) = torch.autograd.grad(theirs.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    for ours, torchs in zip(
+        torch.autograd.grad(first.square().sum(), (x, w, b)),
+        torch.autograd.grad(expected.square().sum(), (x, w, b)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_what_was_recorded_outside_a_transform_is_differentiated_within():
+    x, w = images(*X, grad=True), images(*W, grad=True)
+    y, theirs = plainconv.conv2d(x, w), F.conv2d(x, w)
+    cotangents, tangents = images(3, *y.shape), images(*y.shape) + 1
+
+    def pull(y, c):
+        return torch.autograd.grad(y, (x, w), c, retain_graph=True, create_graph=True)
+
+    mapped = torch.func.vmap(lambda c: pull(y, c))(cotangents)
+    for ours, *each in zip(mapped, *(pull(theirs, c) for c in cotangents), strict=True):
+        torch.testing.assert_close(ours, torch.stack(each))
+    with forward_ad.dual_level():
+        for ours, torchs in zip(pull(y, forward_ad.make_dual(tangents, tangents)), pull(theirs, tangents), strict=True):
+            torch.testing.assert_close(forward_ad.unpack_dual(ours).tangent, torchs)
 
 
 class Wrapped(torch.Tensor):

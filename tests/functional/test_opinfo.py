@@ -511,13 +511,13 @@ def test_only_what_needs_a_gradient_is_computed(name, monkeypatch):
     from plainconv import ops
 
     directions = []
-    original = ops._compute
+    original = ops._remembered
 
     def watched(first, second, bias, make):
         directions.append(make.direction.name)
         return original(first, second, bias, make)
 
-    monkeypatch.setattr(ops, "_compute", watched)
+    monkeypatch.setattr(ops, "_remembered", watched)
     sample = samples(name)[0]
     for asks in itertools.product([False, True], repeat=3):
         if not any(asks):
