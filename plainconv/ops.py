@@ -368,24 +368,27 @@ def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | Non
     first, second = ctx.saved_tensors
     gradients: list[Tensor | None] = [None, None]
     given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
+    wanted = ctx.needs_input_grad if sum(ctx.needs_input_grad) == 1 else _wanted(ctx)
     for i, (role, like) in enumerate(given.items()):
-        if _is_wanted(ctx, i):
+        if wanted[i]:
             other = {r: tensor.conj() for r, tensor in given.items() if r != role}
             other[ctx.make.direction.makes] = cotangent
             make = ctx.derivative(role, like)
             a, b = (other[r] for r in make.direction.given)
             gradients[i] = convolve(a, b, None, make)
-    needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-    bias = cotangent.sum([0, *range(2, cotangent.dim())]) if needs_bias else None
+    bias = cotangent.sum([0, *range(2, cotangent.dim())]) if ctx.has_bias and wanted[2] else None
     return gradients[0], gradients[1], bias, None
 
 
-def _is_wanted(ctx: Any, i: int) -> bool:
-    """Whether the gradient of tensor i is needed: it requires one, and autograd.grad(y, x) did not leave it out."""
-    if not ctx.needs_input_grad[i]:
-        return False
+def _wanted(ctx: Any) -> list[bool]:
+    """Which gradients are needed: of what requires one, all that autograd.grad(y, x) did not leave out."""
+    nodes = zip(ctx.needs_input_grad, ctx.next_functions, strict=False)  # what is no tensor has no node
+    return [needed and _is_run(node) for needed, (node, _) in nodes]
+
+
+def _is_run(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf that autograd.grad was asked for
         return True
 
