@@ -280,9 +280,8 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
 
 def _factors(is_: Kind, problem: ConvProblem, places: int, lanes: int) -> tuple[int, int]:
     """How many scalars and vectors the product of a block has."""
-    if is_.places:
-        return problem.group_out, -(-places // lanes)
-    return places, -(-problem.group_out // lanes)
+    outputs = max(problem.group_out, 1)  # a tensor may have no channels
+    return (outputs, -(-places // lanes)) if is_.places else (places, -(-outputs // lanes))
 
 
 def _pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
