@@ -2,6 +2,7 @@
 # make test    set up, then the quick tests
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
 # make bench   every suite beside torch, forward, in three types: the tables under results/ (about an hour; it goes on where it stopped)
+# make fit     fit the estimates that rank algorithms to the records of make bench
 # make format  put the code in its form
 # make clean   remove what builds and tools left (not .venv)
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test check lint slow wheel bench format clean
+.PHONY: demo test check lint slow wheel bench fit format clean
 
 demo: $(STAMP)
 	$(BIN)/plainconv compare
@@ -35,6 +36,9 @@ wheel: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme.py
+
+fit: $(STAMP)
+	$(BIN)/python benchmarks/fit.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,7 @@ from torch import Tensor
 from plainconv import measure
 from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
-from plainconv.menu import ALGORITHMS
+from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
 from plainconv.remember import forget, on_forget
@@ -272,8 +272,8 @@ def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Recor
     if sentence := algorithm.why_not(request):
         return Verdict(algorithm, None, sentence)
     cost = algorithm.cost(request)
-    if not algorithm.fuses:
-        cost = cost._replace(seconds=cost.seconds + finish_seconds(request))
+    behind = 0.0 if algorithm.fuses else finish_seconds(request)
+    cost = cost._replace(seconds=cost.seconds * fitted.factor(algorithm.name, request) + behind)
     if cost.workspace > request.max_workspace:
         sentence = f"it needs {_bytes(cost.workspace)} of workspace, and {_bytes(request.max_workspace)} are allowed"
         return Verdict(algorithm, None, sentence)
