@@ -17,6 +17,9 @@ The two factors are alike, and either may be the vectors.  If the output is cont
 and `b` the weight as it lies, nothing is packed.  If it is channels_last, the output channels are: `a` is the weight,
 packed before, and `b` the strip.  Sizes, kernel, stride and dilation are arguments, so a few kernels serve all.
 
+Where the channels of a pixel lie side by side, nothing needs to be gathered: it is listed where each tap of each place
+begins in the input, or in a row of zeros, and the scalars of a tile are read from there.
+
 With the dot product of AVX512-BF16 a step takes two channels: strip and weight hold pairs of bfloat, one pair where
 otherwise a float is.
 """
@@ -32,7 +35,8 @@ from plainconv.cpu.epilogue import finish
 from plainconv.cpu.gather import Gather
 
 POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "settled")  # what changes with every call
-TABLES = ("slots", "taps", "reach", "depth_table", "row_table", "col_table")  # addresses, and then SIZES: in "settled"
+# Addresses, and then SIZES: in "settled".
+TABLES = ("slots", "taps", "reach", "depth_table", "row_table", "col_table", "zeros")
 SIZES = (
     "tasks",
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
@@ -84,7 +88,8 @@ class Shape:
     lanes     of a vector
     over      what the lanes are: "places" of the output or "outputs"
     source    the strip is gathered from "rows" (neighbours along the width side by side), from "pixels" (neighbouring
-              channels side by side), from any memory through a "table"; "none": the input is used as it lies
+              channels side by side), from any memory through a "table"; "none": the input is used as it lies; "list":
+              it is read where a list says that the taps of places are
     stride    along the width, of "rows"
     one_tap   a 1x1 kernel
     scalars   x vectors: the tile
@@ -124,7 +129,7 @@ class _Dense:
         self.shape = shape
         self.e = e = Emit(shape.lanes, shape.element, shape.native)
         # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
-        as_it_lies = shape.over == "places" or shape.source == "none"
+        as_it_lies = shape.over == "places" or shape.source in ("none", "list")
         self.b_type = shape.stored if as_it_lies and not shape.pairs else shape.element
         given = e.arguments(*("ptr",) * len(POINTERS))
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
@@ -147,7 +152,9 @@ class _Dense:
                 place = self.place(where)
                 image, group = plane // of["groups"], plane % of["groups"]
                 x = image * of["x_image"] + group * of["group_in"] * of["x_channel"]
-                if self.shape.source != "none":
+                if self.shape.source == "list":
+                    e.when(e.compare("ne", where, carried[1]), lambda: self.find(scratch, *place))
+                elif self.shape.source != "none":
                     e.when(e.compare("ne", where, carried[1]), lambda: self.gather.describe(scratch, *place))
                     source = e.at(of["x"], x, self.shape.stored)
                     fill = partial(self.gather.fill, scratch, source, place[0], of["group_in"])
@@ -167,6 +174,37 @@ class _Dense:
         where, col = where // of["col_blocks"], where % of["col_blocks"]
         depth, row = where // of["row_blocks"], where % of["row_blocks"]
         return depth, row * of["block_rows"], col * of["block_cols"]
+
+    # -- reading without gathering -----------------------------------------------------------------------------------
+
+    def find(self, scratch: Value, depth: Value, row: Value, col: Value) -> None:
+        """List where each tap of each place of a block is in the input, -1 in the border: [tap, place]."""
+        e, of = self.e, self.given
+        rows = e.least(of["block_rows"], of["out_rows"] - row)
+        cols = e.least(of["block_cols"], of["out_width"] - col)
+
+        def each_tap(j: Value, _: list[Value]) -> Sequence[Value]:
+            by_depth, by_row, by_col = (e.scalar(of["slots"], j * 3 + i, "i64") for i in range(3))
+            d = e.scalar(of["depth_table"], depth * of["stride_depth"] + by_depth, "i64")
+
+            def each_row(i: Value, _: list[Value]) -> Sequence[Value]:
+                r = e.scalar(of["row_table"], (row + i) * of["stride_rows"] + by_row, "i64")
+                start, shown = d * of["x_depth"] + r * of["x_row"], e.least(d, r)
+                to = e.at(scratch, j * of["slot_length"] + i * cols, "i64")
+
+                def each_place(f: Value, _: list[Value]) -> Sequence[Value]:
+                    place = e.scalar(of["col_table"], (col + f) * of["stride_cols"] + by_col, "i64")
+                    real = e.compare("sge", e.least(place, shown), 0)
+                    e.put(e.select(real, start + place * of["x_col"], e.number(-1)), to, f)
+                    return []
+
+                e.loop(cols, [], each_place)
+                return []
+
+            e.loop(rows, [], each_row)
+            return []
+
+        e.loop(of["slot_count"], [], each_tap)
 
     # -- the product -------------------------------------------------------------------------------------------------
 
@@ -210,9 +248,8 @@ class _Dense:
                     e.prefetch(
                         e.at(of["y"], y + (i + s) * of[scalar_step] + (at + v * shape.lanes), shape.stored), "write"
                     )
-            acc = self.sums(
-                e.at(a, a_at), e.at(b, i * of["b_scalar"], self.b_type), depth, channel, at, i, count, masks
-            )
+            scalars = e.at(b, i, "i64") if shape.source == "list" else e.at(b, i * of["b_scalar"], self.b_type)
+            acc = self.sums(e.at(a, a_at), scalars, x, depth, channel, at, i, count, masks)
             for s in range(count):
                 for v, mask in enumerate(masks):
                     offset = y + (i + s) * of[scalar_step] + (at + v * shape.lanes)
@@ -275,6 +312,7 @@ class _Dense:
         self,
         a: Value,
         b: Value,
+        x: Value,
         depth: Value,
         channel: Value,
         lane: Value,
@@ -282,7 +320,7 @@ class _Dense:
         scalars: int,
         masks: Sequence[Value | None],
     ) -> list[Value]:
-        """The sums [scalars, vectors] of one tile; `masks` of its vectors."""
+        """The sums [scalars, vectors] of one tile; `masks` of its vectors. What is listed begins at x."""
         e, of, shape = self.e, self.given, self.shape
         vectors = len(masks)
         acc = [e.zero] * (scalars * vectors)
@@ -299,18 +337,21 @@ class _Dense:
         def multiply(acc: Value, a: Value, b: Value) -> Value:
             return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)
 
-        def step(a: Value, b: Value, acc: list[Value]) -> list[Value]:
+        def step(a: Value, scalars: Sequence[Value], acc: list[Value]) -> list[Value]:
             # Strips and packed weights go on behind the last lane; the input as it lies may not.
             masked = shape.source == "none" and shape.over == "places"
             loaded = [e.load(a, v * shape.lanes, mask if masked else None) for v, mask in enumerate(masks)]
             result = []
-            for s in range(scalars):
-                if shape.pairs:
-                    one = e.broadcast_pair(b, of["b_scalar"] * (2 * s))
-                else:
-                    one = e.broadcast(e.scalar(b, of["b_scalar"] * s, self.b_type))
+            for s, place in enumerate(scalars):
+                one = e.broadcast_pair(place) if shape.pairs else e.broadcast(e.scalar(place, 0, self.b_type))
                 result += [multiply(acc[s * vectors + v], loaded[v], one) for v in range(vectors)]
             return result
+
+        def spaced(b: Value) -> list[Value]:
+            return [e.at(b, of["b_scalar"] * s, self.b_type) for s in range(scalars)]
+
+        def one_step(a: Value, b: Value, acc: list[Value]) -> list[Value]:
+            return step(a, spaced(b), acc)
 
         def each_channel(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
             return e.loop(
@@ -331,11 +372,25 @@ class _Dense:
             if shape.source == "none" and shape.over == "outputs" and scalars > 1:
                 # Nobody has touched these pixels before: the next ones are asked for, spread over the channels.
                 e.prefetch(e.at(here, of["b_scalar"] * scalars + c * (scalars - 1), self.b_type))
-            return step(e.at(a, c * of["a_channel"]), here, acc)
+            return step(e.at(a, c * of["a_channel"]), spaced(here), acc)
 
+        def listed_tap(t: Value, acc: list[Value]) -> list[Value]:
+            shift, at = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
+            begin = e.at(of["x"], x, shape.stored)
+            found = [e.scalar(b, at + s, "i64") for s in range(scalars)]
+            # The border is a row of zeros.
+            places = [e.select(f < 0, of["zeros"], e.at(begin, f, shape.stored)) for f in found]
+
+            def each(c: Value, acc: list[Value]) -> list[Value]:
+                return step(e.at(a, shift + c * of["a_channel"]), [e.at(p, c, self.b_type) for p in places], acc)
+
+            return e.loop(self.channels, acc, each)
+
+        if shape.source == "list":
+            return e.loop(count, acc, listed_tap)
         # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel.
         if shape.one_tap:
             return e.loop(self.channels, acc, only_step)
         if shape.over == "places":
-            return each_channel(a, b, acc, lambda a, b, acc: each_tap(a, b, acc, step))
-        return each_tap(a, b, acc, lambda a, b, acc: each_channel(a, b, acc, step))
+            return each_channel(a, b, acc, lambda a, b, acc: each_tap(a, b, acc, one_step))
+        return each_tap(a, b, acc, lambda a, b, acc: each_channel(a, b, acc, one_step))

@@ -2,7 +2,8 @@
 
 The problem is folded to three dimensions, (depth, rows, width).  A block is some whole rows of the output, or a part of
 one row; its strip holds what all taps of the block read.  Which of the two, and how large, is the cheapest by a count
-of cycles: gathering, products with the lanes that stay idle, and the weight read again for each block.  The kernel
+of cycles: gathering, products with the lanes that stay idle, and the weight read again for each block.  Where the
+channels of a pixel lie side by side there may be no strip, but a list of where each tap of each place is.  The kernel
 itself is in plainconv/cpu/dense.py.
 """
 
@@ -12,7 +13,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from enum import Enum
+from functools import lru_cache, partial
 from itertools import accumulate, compress, product
 from typing import NamedTuple
 
@@ -41,13 +43,15 @@ PRODUCT = 1.01  # a vector multiplied and added
 STEP = 0.4  # what a step of a tile costs beside its products
 LOAD = 0.05  # and beside each vector it loads
 UNALIGNED = 1.2  # more, if vectors begin anywhere in a line of the cache
-SINGLE_STEP = 4.3  # a step of a single vector
-SINGLE_PRODUCT = 0.3
+BROADCAST = 1.3  # a scalar, which is what tiles of one vector wait for
 FIRST = 3.2  # a vector's beginning and end
 COPY = 3.2  # a vector gathered
 TILE = 7.6  # a tile's beginning and end
 ENTRY = 14.0  # an entry in the list of what to copy
 PIXEL = 6.0  # a pixel gathered
+LISTED = 4.0  # an entry in the list of where taps are
+TAP = 6.0  # a tap of a tile, if taps are listed
+ADDRESS = 1.5  # and of each of its scalars
 RUN = 20.0  # a row of a channel, in or out, where memory goes on elsewhere
 BLOCK = 100.0  # a block's beginning and end
 FAR = 1.08  # a strip that the core's own cache does not keep
@@ -111,7 +115,27 @@ def strip_of(sides: Sides, rows: int, cols: int, whole: bool) -> Strip:
     return Strip(tuple((*key, 1) for key in keys), 1, length, tuple(shifts))
 
 
+def list_of(sides: Sides, rows: int, cols: int) -> Strip:
+    """The same where nothing is gathered: for each tap, where it is for every place of a block."""
+    taps = product(*(range(0, side.kernel * side.dilation, side.dilation) for side in sides))
+    runs = tuple((z, y, x, 1) for z, y, x in taps)
+    return Strip(runs, 1, rows * cols, tuple(range(0, len(runs) * rows * cols, rows * cols)))
+
+
+def _reach_of(side: Side, count: int) -> int:
+    """How many places of the input so many of the output read along a side."""
+    return min((count - 1) * side.stride + (side.kernel - 1) * side.dilation + 1, side.size)
+
+
 # -- how to cut ------------------------------------------------------------------------------------------------------
+
+
+class Reads(Enum):
+    """What a product reads: a strip gathered before, the input as it lies, or the input through a list of its taps."""
+
+    STRIP = "strip"
+    INPUT = "input"
+    LIST = "list"
 
 
 class Tile(NamedTuple):
@@ -129,10 +153,10 @@ class Layout(NamedTuple):
     strip: Strip
     tile: Tile
     lanes: int
-    gathers: bool  # or uses the input as it lies
+    reads: Reads
     parts: int  # of the output channels
     shares: int  # threads at most, each with a strip
-    cycles: float  # of all threads
+    cycles: float  # of the thread with the most to do
 
 
 class Kind(NamedTuple):
@@ -200,14 +224,19 @@ def _tiles(scalars: int, vectors: int, spare: int) -> Iterator[Tile]:
             yield Tile(-(-scalars // -(-scalars // most)), wide)
 
 
-def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int, load: float) -> float:
-    """Of the product of `scalars` x `vectors`, each a sum over `steps`."""
+def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: int, load: float, listed: int) -> float:
+    """Of the product of `scalars` x `vectors`, each a sum over `steps`, for which `listed` taps are looked up."""
     whole, single = divmod(vectors, tile.vectors)
-    step = PRODUCT * max(tile.scalars * tile.vectors, 8) + STEP + load * tile.vectors
-    one = SINGLE_PRODUCT * max(tile.scalars, 8) + SINGLE_STEP
+
+    def step(wide: int) -> float:
+        sums = max(tile.scalars * wide, 8)  # fewer wait for each other
+        return max(PRODUCT * sums, BROADCAST * tile.scalars) + STEP + load * wide
+
     sums = tile.scalars * (whole * tile.vectors + single)
     return -(-scalars // tile.scalars) * (
-        steps * (whole * step + single * one) + FIRST * sums + TILE * (whole + single)
+        steps * (whole * step(tile.vectors) + single * step(1))
+        + FIRST * sums
+        + (TILE + listed * (TAP + tile.scalars * ADDRESS)) * (whole + single)
     )
 
 
@@ -222,15 +251,15 @@ def _blocks(sides: Sides, lanes: int) -> Iterator[tuple[int, int, bool]]:
 
 
 @lru_cache(4096)
-def layout(request: Request, merge: bool, gathers: bool) -> Layout:
+def layout(request: Request, merge: bool, reads: Reads) -> Layout:
     """The cheapest way whose strips fit the workspace; the one of the smallest strip, if none does."""
-    found = ways(request, merge, gathers)
+    found = ways(request, merge, reads)
     limit = min(request.max_workspace // (2 * max(request.threads, 1)), MOST_STRIP_BYTES)
     fit = [one for strip_bytes, one in found if strip_bytes <= limit]
     return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
 
 
-def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout]]:
+def ways(request: Request, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     """All ways to cut a request that are worth a thought, with the bytes of their strips."""
     problem, target, is_ = request.problem, cpu.Target.host(), kind(request)
     sides = folded(problem, merge)
@@ -241,16 +270,26 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
     spare = target.registers - (2 if target.fma else 3)
     steps = is_.channels * problem.taps
     weight = problem.group_out * steps * is_.size
-    load = LOAD if gathers or not is_.places or math.prod(problem.spatial) % lanes == 0 else LOAD + UNALIGNED
+    aligned = reads is not Reads.INPUT or not is_.places or math.prod(problem.spatial) % lanes == 0
+    load = LOAD if aligned else LOAD + UNALIGNED
     found: list[tuple[int, Layout]] = []
+    listed = reads is Reads.LIST
     for rows, cols, whole in _blocks(sides, lanes):
-        strip = strip_of(sides, rows, cols, whole)
+        strip = list_of(sides, rows, cols) if listed else strip_of(sides, rows, cols, whole)
         by_row, by_pixel = _pitches(is_, strip, lanes)
-        strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
+        if listed:
+            read = (
+                _reach_of(high, rows) * _reach_of(width, cols) * min(depth.kernel, depth.size)
+            )  # pixels, of all groups
+            strip_bytes = read * problem.in_channels * request.dtype.itemsize
+        else:
+            strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
         planes = problem.batch * problem.groups
         blocks = planes * depth.out * -(-high.out // rows) * -(-width.out // cols)
         entries = strip.slots * (-(-strip.length // lanes) if is_.places else strip.length)
-        if is_.places:
+        if reads is not Reads.STRIP:
+            copies = 0.0
+        elif is_.places:
             copies = is_.channels * entries * COPY * min(width.stride, 8)
         else:
             copies = entries * (-(-is_.channels // lanes) * COPY + PIXEL)
@@ -259,22 +298,28 @@ def ways(request: Request, merge: bool, gathers: bool) -> list[tuple[int, Layout
         most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
         for tile in _tiles(*_factors(is_, problem, most, lanes), spare):
             full, less = (
-                _tile_cycles(*_factors(is_, problem, places, lanes), tile, steps, load) for places in (most, last)
+                _tile_cycles(*_factors(is_, problem, places, lanes), tile, steps, load, problem.taps * listed)
+                for places in (most, last)
             )
             work = (full * (count - 1) + less) / count * vector
             scalars, vectors = _factors(is_, problem, most, lanes)
             work *= FAR if strip_bytes > STRIP_BYTES else 1.0
+            if (
+                listed and strip_bytes > STRIP_BYTES
+            ):  # groups meet the same lines of the cache, and not while they are near
+                work += read * max(problem.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
             # The weight arrives while the first of a block's tiles along the other factor is at work.
             first = tile.vectors / vectors if is_.places else tile.scalars / scalars
             work += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - work * min(first, 1.0))
             work += BLOCK + (RUN * (is_.channels * strip.slots + problem.group_out) if is_.places else 0.0)
-            work += copies * vector + ENTRY * entries / max(planes, 1) if gathers else 0.0
+            work += copies * vector
+            work += {Reads.STRIP: ENTRY, Reads.LIST: LISTED, Reads.INPUT: 0.0}[reads] * entries / max(planes, 1)
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
             parts = min(outputs, PARTS)
             shares = max(min(request.threads, blocks * parts), 1)
-            idle = -(-blocks * parts // shares) * shares / max(blocks * parts, 1)
-            one = Layout(rows, cols, strip, tile, lanes, gathers, parts, shares, blocks * work * idle)
-            found.append((strip_bytes if gathers else 0, one))
+            most_of = -(-blocks * parts // shares) / max(blocks * parts, 1)  # the share of one thread
+            one = Layout(rows, cols, strip, tile, lanes, reads, parts, shares, blocks * work * most_of)
+            found.append((strip_bytes if reads is Reads.STRIP else 0, one))
     return found
 
 
@@ -302,13 +347,16 @@ def _is_plain(sides: Sides) -> bool:
 
 
 @lru_cache(4096)
-def natural(request: Request) -> Layout:
+def natural(request: Request, merge: bool = True) -> Layout:
     """The way to cut a request whose input lies in memory as its output will."""
     is_ = kind(request)
-    ways = [layout(request, True, True)]
-    as_it_lies = STORED[request.dtype] == is_.element or not is_.places
-    if _is_plain(folded(request.problem)) and as_it_lies and not (is_.pairs and request.problem.in_channels % 2):
-        ways.append(layout(request, True, False))
+    ways = [layout(request, merge, Reads.STRIP)]
+    converted = STORED[request.dtype] != is_.element and not is_.pairs
+    if merge and _is_plain(folded(request.problem)):
+        if not (is_.places and STORED[request.dtype] != is_.element):
+            ways.append(layout(request, True, Reads.INPUT))
+    elif not (is_.places or converted):
+        ways.append(layout(request, merge, Reads.LIST))
     return min(ways, key=lambda way: way.cycles)
 
 
@@ -343,12 +391,12 @@ def _places_of(request: Request, x_strides: tuple[int, ...]) -> Places:
 def _source(request: Request, x: Places) -> tuple[str, Layout]:
     """How the kernel reads the input (see `dense.Shape`), and how the request is cut then."""
     is_ = kind(request)
-    way = natural(request) if x.merge else layout(request, False, True)
-    side_by_side = x.col == 1 if is_.places else x.channel == 1 or not is_.pairs
-    if not way.gathers and side_by_side:
-        return "none", way
-    if not way.gathers:
-        way = layout(request, x.merge, True)
+    way = natural(request, x.merge)
+    side_by_side = x.col == 1 if is_.places else x.channel == 1 or (way.reads is Reads.INPUT and not is_.pairs)
+    if way.reads is not Reads.STRIP and side_by_side:
+        return "none" if way.reads is Reads.INPUT else "list", way
+    if way.reads is not Reads.STRIP:
+        way = layout(request, x.merge, Reads.STRIP)
     if x.channel == 1 and not is_.places:
         return "pixels", way
     _, _, width = folded(request.problem, x.merge)
@@ -446,7 +494,7 @@ def prepare(
     per = 2 if is_.pairs else 1
     # Of the strip: from a place to the next, and from a channel (or a pair) to the next.
     place, channel = {"none": (x.col // per, x.channel), "pixels": (by_pixel, 1)}.get(source, (1, by_row))
-    strip_taps = [tap * place for tap in strip.taps]
+    strip_taps = list(strip.taps) if source == "list" else [tap * place for tap in strip.taps]
     terms, columns = is_.channels * problem.taps, tile.vectors * lanes
     w_output, w_channel = (w_strides[1], w_strides[0]) if turned else w_strides[:2]
     w_group = w_strides[0] * (problem.group_in if turned else problem.group_out)
@@ -509,7 +557,8 @@ def prepare(
         "pitch": by_pixel if source == "pixels" else by_row,
         **factors,
     }
-    tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, source, taps)
+    zeros = problem.group_in * request.dtype.itemsize if source == "list" else 0
+    tables, addresses = _tables(problem.padding_mode, (depth, high, width), way, source, taps, zeros)
     packs, pack_sizes, pack_tasks = None, {}, 0
     if packing is not None:
         pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, not is_.places)
@@ -558,7 +607,7 @@ def _ahead(problem: ConvProblem, x: Places, image: int, way: Layout, sides: tupl
 
 
 def _tables(
-    mode: str, sides: Sides, way: Layout, source: str, taps: list[tuple[int, int]]
+    mode: str, sides: Sides, way: Layout, source: str, taps: list[tuple[int, int]], zeros: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The tables of the kernel, one behind the other, and where each begins; those that it does not read are empty."""
     depth, high, width = sides
@@ -579,6 +628,7 @@ def _tables(
         torch.tensor(taps).flatten(),
         torch.tensor(reach).flatten(),
         *shown,
+        torch.zeros(-(-zeros // 8), dtype=torch.int64),
     ]
     tables = torch.cat(parts)
     begins, begin = [], tables.data_ptr()
@@ -612,6 +662,8 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
     if source == "none":
         return 0, 0
     rows, length = way.strip.slots, way.strip.length
+    if source == "list":
+        return 0, _padded(8 * rows * length, ALIGNMENT)
     pixels = source == "pixels"
     strip = _padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
     copies = rows * (length if pixels else -(-length // way.lanes))
@@ -622,12 +674,11 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
 def workspace_bytes(request: Request) -> int:
     """Scratch memory for tensors that lie in any way."""
     is_ = kind(request)
-    natural_way, any_way = natural(request), layout(request, False, True)
-    ways = [natural_way] if not natural_way.gathers else [natural_way, layout(request, True, True)]
+    ways = {way(request, merge) for merge in (True, False) for way in (natural, partial(layout, reads=Reads.STRIP))}
     most = 0
-    for way in (*ways, any_way):
+    for way in ways:
         pitches = _pitches(is_, way.strip, way.lanes)
-        sources = ("rows", "pixels") if way.gathers else ("none",)
+        sources = {Reads.STRIP: ("rows", "pixels"), Reads.INPUT: ("none",), Reads.LIST: ("list",)}[way.reads]
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
         packing = _packing(request, way, True, False)
         most = max(most, way.shares * share + (_padded(packing.bytes, ALIGNMENT) if packing else 0))
@@ -662,7 +713,7 @@ def cost(request: Request) -> Cost:
     problem, way = request.problem, natural(request)
     packing = _packing(request, way, turned, False)
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    work = way.cycles / way.shares * _real(problem)
+    work = way.cycles * _real(problem)
     if packing:
         work += 2 * packing.bytes / (FAR_BYTES if packing.bytes > FAR_WEIGHT else NEAR_BYTES) / max(request.threads, 1)
     seconds = max(work / CYCLES_PER_SECOND, moved / (CACHED if moved < CACHE else BYTES_PER_SECOND)) + LAUNCH_S

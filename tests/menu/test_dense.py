@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import lru_cache
 
 import pytest
 import torch
@@ -97,6 +98,21 @@ def test_every_way_through_the_kernel(bits, channels_last, text, as_if):
     check(algorithm_for(text), more, integers, in_channels_last if channels_last else None)
 
 
+@every_width_in_time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
+    """Where pixels lie in one piece, their taps may be read through a list, whatever the estimates say of it."""
+    as_if(bits)
+    asked = asked_for(text, dtype, channels_last=True, has_bias=True)
+    if dtype is torch.bfloat16 and not dense.kind(asked).pairs:
+        pytest.skip("single numbers of half types are converted, which is done when they are gathered")
+    listed = dense.layout(asked, True, dense.Reads.LIST)
+    monkeypatch.setattr(dense, "natural", lru_cache(lambda *_: listed))
+    for layout in (in_channels_last, ODD["a window of pixels"]):
+        check(algorithm_for(text), asked, integers, layout)
+
+
 @every_width
 @both_layouts
 @pytest.mark.parametrize("text", ["n1 c4 o10 x19x39 k3x5 s2 p2 g2", "n2 c6 o20 x9x13 k1x1"])
@@ -157,6 +173,7 @@ ODD = {
     "rows and columns exchanged": lambda t: t.mT.contiguous().mT,
     "channels innermost": in_channels_last,
     "images innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "a window of pixels": lambda t: in_channels_last(torch.cat([t, t], -1))[..., : t.shape[-1]],
     "a window": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
 }
 
