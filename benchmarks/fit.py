@@ -9,9 +9,9 @@ all of them together minimise, over the layers,
     mean of  log(seconds of the algorithm with the least  factor * estimate  /  seconds of the quickest)
     + PULL * mean of  |log(seconds / (factor * estimate))|
 
-by one factor after the other, over and over, in steps of STEP.  Every third suite is held out.  The regret of "auto" (the
-time of the algorithm with the least estimate over that of the quickest) is then told of the suites that were fitted and
-of those that were not.
+by one factor after the other, over and over, in steps of STEP.  Every third suite is held out.  The regret of "auto"
+(the time of the algorithm with the least estimate over that of the quickest) is then told of the suites that were
+fitted and of those that were not.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Measure every suite, forward, in float32, float64 and bfloat16, and write the tables of results/.
+"""Measure every suite, forward in three types and training in float32, and write the tables of results/.
 
     make bench                                 or: python benchmarks/tables.py
     python benchmarks/tables.py --again        measure anew what is there already
-    python benchmarks/tables.py --dtype float32 --suite densenet seed_mnist
+    python benchmarks/tables.py --direction forward --dtype float32 --suite densenet seed_mnist
     python benchmarks/tables.py --write        only write the tables and pictures of the records that are there
     python benchmarks/tables.py --check        only say whether the tables are what the records give
 
-Each suite runs alone, `plainconv bench --suite NAME --regret` in a process of its own, and leaves one record in
-results/bench/; a run that was interrupted goes on where it stopped. From the records come results/forward.md and one
-picture for each type.
+Each suite runs alone, `plainconv bench --suite NAME` in a process of its own, and leaves one record in results/bench/;
+a run that was interrupted goes on where it stopped.  From the records come a page for each direction
+(results/forward.md, results/train.md) and a picture for each type.
 """
 
 from __future__ import annotations
@@ -25,48 +25,66 @@ from typing import Any
 from plainconv import bench, plots
 
 RESULTS = Path(__file__).parent.parent / "results"
-DTYPES = ("float32", "float64", "bfloat16")
-HEAD = ("suite", "layers", "geomean", "worst", "at the limit", "share of it", "bound by", "regret of auto", "worst")
+DIRECTIONS = {"forward": ("float32", "float64", "bfloat16"), "train": ("float32",)}  # and the types of each
+TITLES = {"forward": "Forward", "train": "Forward and both gradients"}
+HEAD = (
+    "suite",
+    "layers",
+    "geomean",
+    "asked",
+    "worst",
+    "at the limit",
+    "share of it",
+    "bound by",
+    "regret of auto",
+    "worst",
+)
+Records = dict[str, dict[str, Any]]  # suite -> its record
 
 
-def path_of(folder: Path, dtype: str, suite: str) -> Path:
+def path_of(folder: Path, direction: str, dtype: str, suite: str) -> Path:
     """Where the record of a suite is."""
-    return folder / "bench" / f"forward-{dtype}-{suite}.json"
+    return folder / "bench" / f"{direction}-{dtype}-{suite}.json"
 
 
-def measure(folder: Path, dtypes: Sequence[str], suites: Sequence[str], again: bool, more: Sequence[str]) -> int:
+def measure(
+    folder: Path, direction: str, dtypes: Sequence[str], suites: Sequence[str], again: bool, more: Sequence[str]
+) -> int:
     """Run what is not there yet; how many runs failed."""
     failed = 0
     for dtype in dtypes:
         for suite in suites:
-            if again or not path_of(folder, dtype, suite).exists():
-                words = ["--suite", suite, "--dtype", dtype, "--regret", "--no-picture", "--out", str(folder / "bench")]
-                run = subprocess.run([sys.executable, "-m", "plainconv", "bench", *words, *more], check=False)
+            if again or not path_of(folder, direction, dtype, suite).exists():
+                words = ["--suite", suite, "--direction", direction, "--dtype", dtype, "--no-picture"]
+                words += ["--regret"] if direction != "train" and dtype == "float32" else []
+                words += ["--out", str(folder / "bench"), *more]
+                run = subprocess.run([sys.executable, "-m", "plainconv", "bench", *words], check=False)
                 failed += run.returncode != 0
     return failed
 
 
-def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Type -> suite -> its record, in the order of the suites."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for dtype in DTYPES:
-        paths = {suite: path_of(folder, dtype, suite) for suite in bench.load()}
+def read(folder: Path, direction: str) -> dict[str, Records]:
+    """Type -> the records of the suites, in their order."""
+    found: dict[str, Records] = {}
+    for dtype in DIRECTIONS[direction]:
+        paths = {suite: path_of(folder, direction, dtype, suite) for suite in bench.load()}
         records = {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.exists()}
         if records:
             found[dtype] = records
     return found
 
 
-def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """results/forward.md."""
+def page(direction: str, found: dict[str, Records]) -> str:
+    """results/forward.md or results/train.md."""
     text = [
-        "# Forward: torch's time over ours",
+        f"# {TITLES[direction]}: torch's time over ours",
         "Made by `make bench` from the records in [bench/](bench); [how to read it](../docs/benchmarks.md). "
-        "Losses are listed below each table; a layer marked * is a call that torch finishes in under 25 us.",
+        "Below each table: what misses its threshold, and what is slower than torch. A layer marked * is a call that "
+        "torch finishes in under 25 us.",
     ]
     for dtype, records in found.items():
-        text += [f"## {dtype}", conditions(list(records.values())), table(records), *losses(records)]
-        text.append(f"![A bar for every layer in {dtype}](forward-{dtype}.png)")
+        text += [f"## {dtype}", conditions(list(records.values())), table(records), *misses(records), *losses(records)]
+        text.append(f"![A bar for every layer in {dtype}]({direction}-{dtype}.png)")
     return "\n\n".join(text) + "\n"
 
 
@@ -84,7 +102,7 @@ def conditions(records: Sequence[dict[str, Any]]) -> str:
     return f"{'; '.join(sorted(machines))}; {middle:.0f} GFLOP/s at the most. Measured {when}, each suite alone."
 
 
-def table(records: dict[str, dict[str, Any]]) -> str:
+def table(records: Records) -> str:
     """A line for each suite."""
     lines: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
     for suite, told in records.items():
@@ -97,6 +115,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
                 suite,
                 str(total.layers),
                 number(total.geomean),
+                ", ".join(number(one.asked) + " ✓" * one.good for one in verdicts(told)),
                 f"{number(total.worst)} ({total.worst_layer})",
                 number(total.most),
                 f"{total.share:.0%}" if total.share else "",
@@ -107,7 +126,26 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def losses(records: dict[str, dict[str, Any]]) -> list[str]:
+def verdicts(told: dict[str, Any]) -> list[bench.Held]:
+    """What the thresholds say of a record."""
+    rows = bench.rows_of(told)
+    return bench.held(told["direction"], told["dtype"], rows[0].layer.suite, rows)
+
+
+def misses(records: Records) -> list[str]:
+    """A paragraph for each suite that has anything below its thresholds."""
+    text = []
+    for suite, told in records.items():
+        for one in verdicts(told):
+            if not one.good:
+                words = [] if one.geomean >= one.asked else [f"geomean {number(one.geomean)} of {number(one.asked)}"]
+                words += [f"{row.layer.name} {number(row.ratio)} of {number(least)}" for row, least in one.missed]
+                of = "" if one.threshold.of == "layers" else f", {one.threshold.of}"
+                text.append(f"{suite}{of}, below what is asked: {', '.join(words)}.")
+    return text
+
+
+def losses(records: Records) -> list[str]:
     """A paragraph for each suite that has layers slower than torch's, or wrong ones."""
     text = []
     for suite, told in records.items():
@@ -131,26 +169,37 @@ def main() -> int:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--dtype", nargs="*", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--direction", nargs="*", default=list(DIRECTIONS), choices=list(DIRECTIONS))
+    parser.add_argument("--dtype", nargs="*", default=DIRECTIONS["forward"], choices=DIRECTIONS["forward"])
     parser.add_argument("--suite", nargs="*", default=list(bench.load()), choices=list(bench.load()))
     parser.add_argument("--seconds", default="0.5", help="for each layer, about")
     parser.add_argument("--threads", help="default: as many as torch would take")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder")
     given = parser.parse_args()
-    target = given.results / "forward.md"
-    if given.check:
-        return int(not target.exists() or target.read_text() != page(read(given.results)))
+    more = ["--seconds", given.seconds, *(["--threads", given.threads] if given.threads else [])]
     failed = 0
-    if not given.write:
-        more = ["--seconds", given.seconds, *(["--threads", given.threads] if given.threads else [])]
-        failed = measure(given.results, given.dtype, given.suite, given.again, more)
-    found = read(given.results)
-    target.write_text(page(found))
+    for direction in given.direction:
+        if not given.check and not given.write:
+            dtypes = [dtype for dtype in DIRECTIONS[direction] if dtype in given.dtype]
+            failed += measure(given.results, direction, dtypes, given.suite, given.again, more)
+        found = read(given.results, direction)
+        target = given.results / f"{direction}.md"
+        if not found:
+            continue
+        if given.check:
+            failed += not target.exists() or target.read_text() != page(direction, found)
+        else:
+            target.write_text(page(direction, found))
+            draw(given.results, direction, found)
+    return int(failed > 0)
+
+
+def draw(folder: Path, direction: str, found: dict[str, Records]) -> None:
+    """A picture for each type."""
     for dtype, records in found.items():
         shown = {suite: layers for told in records.values() for suite, layers in bench.drawn(told).items()}
-        title = f"{dtype}, forward: torch's time over ours; a mark is the machine's limit"
-        (given.results / f"forward-{dtype}.png").write_bytes(plots.bars(shown, title))
-    return int(failed > 0)
+        title = f"{dtype}, {direction}: torch's time over ours; a mark is the machine's limit"
+        (folder / f"{direction}-{dtype}.png").write_bytes(plots.bars(shown, title))
 
 
 if __name__ == "__main__":

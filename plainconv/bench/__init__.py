@@ -5,18 +5,22 @@ from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.records import Summary, as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
+from plainconv.bench.thresholds import Held, Threshold, held
 
 __all__ = [
+    "Held",
     "Layer",
     "Peaks",
     "Row",
     "Setting",
     "Summary",
+    "Threshold",
     "alone",
     "as_json",
     "as_records",
     "drawn",
     "heading",
+    "held",
     "load",
     "measure",
     "measure_all",

@@ -65,14 +65,16 @@ def test_the_page(tables, tmp_path):
     picture, net = bench.load()["seed_picture"], bench.load()["seed_mnist"]
     leave(tmp_path, "seed_mnist", [row(net[0], 4.0), row(net[1], 1.0)])
     leave(tmp_path, "seed_picture", [row(picture[0], 0.02), row(picture[1], 0.5), row(picture[2], 1.0, right=False)])
-    found = tables.read(tmp_path)
+    found = tables.read(tmp_path, "forward")
     assert list(found) == ["float32"]
     assert list(found["float32"]) == ["seed_picture", "seed_mnist"], "in the order of the suites"
-    text = tables.page(found)
-    assert "| seed_mnist | 2 | 2.00 | 1.00 (conv2) | 4.00 | 50% | memory 2 | 1.10 | 1.10 |" in text
+    text = tables.page("forward", found)
+    assert "| seed_mnist | 2 | 2.00 | 3.00 | 1.00 (conv2) | 4.00 | 50% | memory 2 | 1.10 | 1.10 |" in text
+    assert "seed_mnist, below what is asked: geomean 2.00 of 3.00, conv2 1.00 of 1.50." in text
     assert "seed_picture, 2 of 3 lost: filter 3 to 3, full HD* 0.02, filter 3 to 3, 600x512 0.50." in text
     assert "seed_picture, WRONG: filter depthwise, full HD." in text
-    assert "seed_mnist, " not in text
+    assert "seed_mnist, 0" not in text
+    assert "seed_mnist, WRONG" not in text
     assert "2 threads" in text
     assert "200 GFLOP/s" in text
 
@@ -86,12 +88,15 @@ def test_only_what_is_missing_is_measured(tables, tmp_path, monkeypatch):
         return subprocess.CompletedProcess(words, 1 if "a3c" in words else 0)
 
     monkeypatch.setattr(tables.subprocess, "run", run)
-    assert tables.measure(tmp_path, ["float32", "float64"], ["densenet", "a3c"], False, ["--seconds", "1"]) == 2
+    assert (
+        tables.measure(tmp_path, "forward", ["float32", "float64"], ["densenet", "a3c"], False, ["--seconds", "1"]) == 2
+    )
     asked = [(words[words.index("--dtype") + 1], words[words.index("--suite") + 1]) for words in ran]
     assert asked == [("float32", "a3c"), ("float64", "densenet"), ("float64", "a3c")]
-    assert all(words[-2:] == ["--seconds", "1"] and "--regret" in words for words in ran)
+    assert all(words[-2:] == ["--seconds", "1"] for words in ran)
+    assert ["--regret" in words for words in ran] == [True, False, False]
     ran.clear()
-    tables.measure(tmp_path, ["float32"], ["densenet"], True, [])
+    tables.measure(tmp_path, "forward", ["float32"], ["densenet"], True, [])
     assert len(ran) == 1
 
 

@@ -1,0 +1,147 @@
+"""What the suites are held to: the least geometric mean of the ratios, and the least ratio of a layer.
+
+Where the machine's own limit lies below, LIMIT_SHARE of that limit counts instead.  A call that torch finishes in under
+25 us is held to SHORT_WORST.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plainconv.bench.run import Row
+
+LIMIT_SHARE = 0.75
+SHORT_WORST = 0.5
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Of those layers of a suite that `of` picks: geomean and worst; `of` has a name for the reader."""
+
+    geomean: float
+    worst: float
+    of: str = "layers"
+
+
+PICKED: dict[str, Callable[[Row], bool]] = {
+    "layers": lambda row: True,
+    "depthwise layers": lambda row: row.layer.problem.groups > 1,
+    "transposed layers": lambda row: row.layer.transposed,
+    "layers that are not transposed": lambda row: not row.layer.transposed,
+}
+
+_SEED = ("seed_picture", "seed_mnist")
+_DEPTHWISE = ("mobilenet_v1_depthwise", "x3d_depthwise3d", "movinet_depthwise3d", "depthwise_conv1d_llm_audio")
+_WIDE_DEPTHWISE = ("efficientnet_b0_depthwise", "convnext")
+_GROUPED = ("resnext50_32x4d_grouped", "resnext101_32x8d", "resnext101_3d_grouped", "alexnet_grouped")
+_LONG = ("conv1d_onednn", "wavenet_dilated", "wavenet_k2", "wav2vec2")
+_TRANSPOSED = ("dcgan_transposed", "unet_original_upconv", "hifigan_v1")
+_DENSE = (
+    "resnet50_v1.5_mlperf",
+    "inception_v3",
+    "vgg19",
+    "vgg_a",
+    "densenet",
+    "mobilenet_v1_pointwise",
+    "mobilenet_v2",
+    "xception",
+    "yolov2",
+    "unet_original",
+    "unet_small_onednn",
+    "ssd_resnet34",
+    "cosmictagger",
+)
+_DENSE_3D = ("3d_unet", "c3d")
+
+
+def _only(suite: str) -> str:
+    return {"convnext": "depthwise layers", "hifigan_v1": "layers that are not transposed"}.get(suite, "layers")
+
+
+def _forward() -> dict[tuple[str, str], list[Threshold]]:
+    found: dict[tuple[str, str], list[Threshold]] = {}
+
+    def hold(dtype: str, suites: Sequence[str], geomean: float, worst: float, of: str = "") -> None:
+        for suite in suites:
+            found.setdefault((dtype, suite), []).append(Threshold(geomean, worst, of or _only(suite)))
+
+    hold("float32", _SEED, 4, 2)
+    hold("float32", _DEPTHWISE, 3, 1.2)
+    hold("float32", ("efficientnet_b0_depthwise",), 1.6, 0.9)
+    hold("float32", ("convnext",), 2, 0.9)
+    hold("float32", _GROUPED, 1.5, 0.9)
+    hold("float32", ("conv1d_onednn", "wavenet_dilated"), 2.5, 1)
+    hold("float32", ("wavenet_k2", "wav2vec2"), 2, 1)
+    hold("float32", ("hifigan_v1",), 1.4, 1)
+    hold("float32", _DENSE, 1.1, 0.85)
+    hold("float32", _TRANSPOSED, 2, 1, "transposed layers")
+    hold("float64", (*_SEED, *_DEPTHWISE, *_WIDE_DEPTHWISE, *_GROUPED, *_LONG, "hifigan_v1"), 3, 1)
+    hold("float64", _DENSE, 1.1, 0.85)
+    hold("bfloat16", (*_SEED, *_DEPTHWISE, *_WIDE_DEPTHWISE, *_GROUPED, *_LONG, "hifigan_v1"), 1.2, 0)
+    hold("bfloat16", _DENSE, 1.0, 0)
+    return found
+
+
+def _train() -> dict[tuple[str, str], list[Threshold]]:
+    found: dict[tuple[str, str], list[Threshold]] = {}
+    for suites, geomean, worst in (
+        (_SEED, 4.0, 2.0),
+        (_DEPTHWISE, 4.0, 1.5),
+        (_WIDE_DEPTHWISE, 2.0, 1.0),
+        (_GROUPED, 1.5, 0.9),
+        (_LONG, 2.0, 1.0),
+        (_TRANSPOSED, 2.0, 1.0),
+        ((*_DENSE, *_DENSE_3D), 1.2, 0.85),
+    ):
+        for suite in suites:
+            of = "transposed layers" if suite in _TRANSPOSED else _only(suite)
+            found["float32", suite] = [Threshold(geomean, worst, of)]
+    return found
+
+
+THRESHOLDS = {"forward": _forward(), "train": _train()}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a threshold says of the rows of a suite.
+
+    Attributes:
+        threshold: the one.
+        geomean: of the ratios that it picks.
+        asked: of that geomean, with regard to the machine's limit.
+        missed: layers below what is asked of them, and that.
+    """
+
+    threshold: Threshold
+    geomean: float
+    asked: float
+    missed: tuple[tuple[Row, float], ...]
+
+    @property
+    def good(self) -> bool:
+        return self.geomean >= self.asked and not self.missed
+
+
+def held(direction: str, dtype: str, suite: str, rows: Sequence[Row]) -> list[Held]:
+    """The verdict of each threshold that a suite has; none where no row has a speed."""
+    found = []
+    for threshold in THRESHOLDS.get(direction, {}).get((dtype, suite), []):
+        picked = [(row, row.ratio) for row in rows if PICKED[threshold.of](row) and row.ratio is not None]
+        if picked:
+            geomean = _mean([ratio for _, ratio in picked])
+            asked = min(threshold.geomean, LIMIT_SHARE * _mean([row.most for row, _ in picked]))
+            each = [(row, ratio, _asked(threshold, row)) for row, ratio in picked]
+            missed = tuple((row, least) for row, ratio, least in each if ratio < least)
+            found.append(Held(threshold, geomean, asked, missed))
+    return found
+
+
+def _asked(threshold: Threshold, row: Row) -> float:
+    return min(SHORT_WORST if row.short else threshold.worst, threshold.worst, LIMIT_SHARE * row.most)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -1,0 +1,87 @@
+"""Thresholds: which layers they pick, and when the machine's limit counts instead."""
+
+import dataclasses
+
+import pytest
+
+from plainconv import bench
+from plainconv.bench.check import Verdict
+from plainconv.bench.thresholds import THRESHOLDS, held
+from plainconv.timing import Timing
+
+RIGHT = {"contiguous": Verdict(1e-7, 1.0, 10.0, 100, True)}
+
+
+def row(layer, torch_s, our_s, limit_s):
+    def timing(seconds):
+        return {"contiguous": Timing(seconds, seconds, seconds, 5)}
+
+    return bench.Row(
+        layer=layer,
+        cut_from=None,
+        direction="forward",
+        dtype="float32",
+        torch=timing(torch_s),
+        ours=timing(our_s),
+        algorithms={"contiguous": "shift"},
+        checks=RIGHT,
+        torch_check=RIGHT["contiguous"],
+        limit_s=limit_s,
+        bound_by="memory",
+        speed=1.0,
+        first_call_s=0.1,
+        scratch=0,
+        torch_scratch=0,
+        regret=None,
+        against={},
+    )
+
+
+NET = bench.load()["seed_mnist"]  # held to 4, and 2 for the worst
+
+
+def test_good_is_both_the_mean_and_each_layer():
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 4e-3, 1e-3, 1e-5), row(NET[1], 4e-3, 1e-3, 1e-5)])
+    assert (one.good, one.asked, one.missed) == (True, 4, ())
+    rows = [row(NET[0], 19e-3, 1e-3, 1e-5), row(NET[1], 1.9e-3, 1e-3, 1e-5)]
+    (one,) = held("forward", "float32", "seed_mnist", rows)
+    assert one.geomean == pytest.approx(19 / 10**0.5)
+    assert not one.good
+    assert [(missed.layer.name, least) for missed, least in one.missed] == [(NET[1].name, 2)]
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 3.9e-3, 1e-3, 1e-5)])
+    assert not one.good
+    assert not one.missed
+
+
+def test_the_machines_limit_counts_where_it_is_lower():
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 1.6e-3, 1e-3, 0.8e-3)])
+    assert one.asked == pytest.approx(1.5)
+    assert one.good
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 1.4e-3, 1e-3, 0.7e-3)])
+    assert not one.good
+    assert one.missed[0][1] == pytest.approx(1.5)
+
+
+def test_a_short_call_is_held_to_half():
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 20e-6, 38e-6, 1e-6)])
+    assert not one.missed
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 20e-6, 42e-6, 1e-6)])
+    assert one.missed[0][1] == 0.5
+
+
+def test_some_thresholds_pick_layers():
+    layers = bench.load()["hifigan_v1"]
+    rows = [row(layer, 3e-3 if layer.transposed else 1.5e-3, 1e-3, 1e-5) for layer in layers]
+    plain, transposed = held("forward", "float32", "hifigan_v1", rows)
+    assert (plain.geomean, transposed.geomean) == (pytest.approx(1.5), pytest.approx(3))
+    (train,) = held("train", "float32", "hifigan_v1", rows)
+    assert train.geomean == pytest.approx(3)
+
+
+def test_wrong_layers_have_no_verdict():
+    wrong = {"contiguous": dataclasses.replace(RIGHT["contiguous"], right=False)}
+    assert held("forward", "float32", "seed_mnist", [dataclasses.replace(row(NET[0], 1, 1, 1), checks=wrong)]) == []
+
+
+def test_the_suites_exist():
+    assert {suite for each in THRESHOLDS.values() for _, suite in each} <= set(bench.load())
