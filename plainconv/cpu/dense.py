@@ -30,13 +30,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
 from plainconv.cpu.gather import Gather
 
 POINTERS = ("x", "a", "b", "bias", "residual", "y", "scratch", "settled")  # what changes with every call
 # Addresses, and then SIZES: in "settled".
-TABLES = ("slots", "taps", "reach", "depth_table", "row_table", "col_table", "zeros")
+TABLES = ("slots", "taps", "reach", "phases", "depth_table", "row_table", "col_table", "places", "zeros")
+# What "phases" has of each phase of a result whose places lie apart: its first tap, its taps for each of the depth's
+# (which "reach" counts then), where its first place is, its rows and columns, and the first of its places in "places",
+# which has, for the places of a block, how far each is from the block's corner, or -1.
+PHASE = 6
 SIZES = (
     "tasks",
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
@@ -56,10 +60,12 @@ SIZES = (
     "y_image",
     "y_channel",
     "y_place",
-    "out_depth",
+    "y_depth",
+    "y_row",  # from one row of a block to the next, and one column, if places lie apart
+    "y_col",
     "out_rows",
     "out_width",
-    "stride_depth",
+    "stride_depth",  # in depth_table, which has an entry for each depth of the result and each tap
     "stride_rows",
     "stride_cols",
     "lo",  # padding before a row
@@ -68,6 +74,7 @@ SIZES = (
     "row_blocks",
     "col_blocks",
     "parts",  # of the output channels
+    "phase_count",
     "slot_count",  # rows of the strip
     "slot_length",  # their length
     "pitch",  # from a channel of the strip to the next (from a place to the next, if channels lie side by side)
@@ -92,6 +99,7 @@ class Shape:
               it is read where a list says that the taps of places are
     stride    along the width, of "rows"
     one_tap   a 1x1 kernel
+    apart     whether places lie apart in the result: a stride turned round, which is made phase by phase
     scalars   x vectors: the tile
     pairs     whether a step multiplies two channels of bfloat
     stored    type of the tensors; bias, activation and residual as in Request
@@ -106,6 +114,7 @@ class Shape:
     source: str
     stride: int
     one_tap: bool
+    apart: bool
     has_bias: bool
     has_residual: bool
     activation: str | None
@@ -116,6 +125,20 @@ class Shape:
     def steps(self) -> int:
         """Channels that one step multiplies."""
         return 2 if self.pairs else 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What products are summed of in a block: its places, where the first is, the first tap and how many there are.
+
+    table: where the places are from the first one on, if they lie apart
+    """
+
+    places: Value
+    y: Value
+    first: Value
+    count: Value
+    table: Value
 
 
 @lru_cache(512)
@@ -130,7 +153,8 @@ class _Dense:
         self.e = e = Emit(shape.lanes, shape.element, shape.native)
         # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
         as_it_lies = shape.over == "places" or shape.source in ("none", "list")
-        self.b_type = shape.stored if as_it_lies and not shape.pairs else shape.element
+        packed = shape.pairs or (shape.over == "places" and shape.apart)
+        self.b_type = shape.stored if as_it_lies and not packed else shape.element
         given = e.arguments(*("ptr",) * len(POINTERS))
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
@@ -221,43 +245,71 @@ class _Dense:
     ) -> None:
         """All tiles of a task: output channels outside, places inside."""
         e, of, shape = self.e, self.given, self.shape
-        rows = e.least(of["block_rows"], of["out_rows"] - row)
-        cols = e.least(of["block_cols"], of["out_width"] - col)
-        places = rows * cols
         first = (depth * of["out_rows"] + row) * of["out_width"] + col
-        y = image * of["y_image"] + group * of["group_out"] * of["y_channel"] + first * of["y_place"]
         strip = scratch
         if shape.source == "none":
             strip = e.at(of["x"], x + first * of["x_col"], shape.stored)
         channel = group * of["group_out"]
+        y = image * of["y_image"] + channel * of["y_channel"]
+        y += depth * of["y_depth"] + row * of["y_row"] + col * of["y_col"] if shape.apart else first * of["y_place"]
         if shape.over == "places":
             a, b = strip, e.at(of["b"], group * of["b_group"], self.b_type)
-            lanes_count, scalar_count, scalar_step = places, of["group_out"], "y_channel"
         else:
             a, b = e.at(of["a"], group * of["a_group"]), strip
-            lanes_count, scalar_count, scalar_step = of["group_out"], places, "y_place"
         width = shape.vectors * shape.lanes
-        all_vectors = (lanes_count + (shape.lanes - 1)) // shape.lanes
-        tiles, singles = all_vectors // shape.vectors, all_vectors % shape.vectors
 
-        def tile(vectors: int, at: Value, a_at: Value, i: Value, count: int) -> None:
+        def each_phase(body: Callable[[Phase], None]) -> None:
+            if not shape.apart:
+                rows = e.least(of["block_rows"], of["out_rows"] - row)
+                cols = e.least(of["block_cols"], of["out_width"] - col)
+                body(Phase(rows * cols, y, self.gather.reach(depth, 0), self.gather.reach(depth, 1), of["places"]))
+                return
+
+            def phase(i: Value, _: list[Value]) -> Sequence[Value]:
+                numbers = (e.scalar(of["phases"], i * PHASE + j, "i64") for j in range(PHASE))
+                begin, each, start, rows, cols, table = numbers
+                rows = e.most(e.least(of["block_rows"], rows - row), 0)
+                cols = e.most(e.least(of["block_cols"], cols - col), 0)
+                taps = begin + self.gather.reach(depth, 0) * each, self.gather.reach(depth, 1) * each
+                body(Phase(rows * cols, y + start, *taps, e.at(of["places"], table, "i64")))
+                return []
+
+            e.loop(of["phase_count"], [], phase)
+
+        def tile(phase: Phase, vectors: int, at: Value, a_at: Value, i: Value, count: int) -> None:
             """`count` scalars from i on, and vectors from lane `at` on; the last vector may be a part of one."""
+            lanes_count = phase.places if shape.over == "places" else of["group_out"]
             masks = [None] * (vectors - 1) + [e.tail(lanes_count - at - (vectors - 1) * shape.lanes)]
-            for s in range(count):
+            offsets = []
+            if shape.over == "places":
+                scalars = [phase.y + (i + s) * of["y_channel"] for s in range(count)]
+            elif shape.apart:
+                offsets = [e.scalar(phase.table, i + s, "i64") for s in range(count)]
+                scalars = [phase.y + offset for offset in offsets]
+            else:
+                scalars = [phase.y + (i + s) * of["y_place"] for s in range(count)]
+            for start in scalars if offsets or not shape.apart else ():
                 for v in range(vectors):
-                    e.prefetch(
-                        e.at(of["y"], y + (i + s) * of[scalar_step] + (at + v * shape.lanes), shape.stored), "write"
-                    )
-            scalars = e.at(b, i, "i64") if shape.source == "list" else e.at(b, i * of["b_scalar"], self.b_type)
-            acc = self.sums(e.at(a, a_at), scalars, x, depth, channel, at, i, count, masks)
-            for s in range(count):
-                for v, mask in enumerate(masks):
-                    offset = y + (i + s) * of[scalar_step] + (at + v * shape.lanes)
-                    total = acc[s * vectors + v]
-                    residual = e.load(of["residual"], offset, mask, shape.stored) if shape.has_residual else None
-                    e.store(finish(e, total, residual, shape.activation), of["y"], offset, mask, shape.stored)
+                    e.prefetch(e.at(of["y"], start + (at + v * shape.lanes), shape.stored), "write")
+            begin = e.at(b, i, "i64") if shape.source == "list" else e.at(b, i * of["b_scalar"], self.b_type)
+            acc = self.sums(e.at(a, a_at), begin, x, phase, channel, at, i, count, masks)
+            there: list[Value | None] = [None] * vectors
+            if shape.apart and not offsets:
+                there = [e.load_places(phase.table, at + v * shape.lanes) for v in range(vectors)]
+                real = [e.compare_lanes("sge", place, 0) for place in there if place]
+                masks = [e.both(mask, lanes) for mask, lanes in zip(masks, real, strict=True)]
 
-        def over_lanes(begin: Value, end: Value, body: Callable[[int, Value, Value], None]) -> None:
+            def put(s: int) -> None:
+                for v, mask in enumerate(masks):
+                    self.put(acc[s * vectors + v], scalars[s], at + v * shape.lanes, mask, there[v])
+
+            for s in range(count):
+                if offsets:
+                    e.when(e.compare("sge", offsets[s], 0), partial(put, s))
+                else:
+                    put(s)
+
+        def over_lanes(tiles: Value, begin: Value, end: Value, body: Callable[[int, Value, Value], None]) -> None:
             """Whole tiles, then vector by vector; begin and end count both."""
             whole = e.most(e.least(end, tiles) - begin, 0)
 
@@ -273,47 +325,80 @@ class _Dense:
             e.loop(whole, [], a_tile)
             e.loop(end - begin - whole, [], a_vector)
 
-        def over_scalars(begin: Value, end: Value, body: Callable[[int, Value], None]) -> None:
+        def over_scalars(count: Value, begin: Value, end: Value, body: Callable[[int, Value], None]) -> None:
             """Tiles of scalars; the last overlaps the one before it, and computes the same there."""
 
             def whole(i: Value, _: list[Value]) -> Sequence[Value]:
-                body(shape.scalars, e.least((begin + i) * shape.scalars, scalar_count - shape.scalars))
+                body(shape.scalars, e.least((begin + i) * shape.scalars, count - shape.scalars))
                 return []
 
             e.loop(end - begin, [], whole)
 
-        scalar_tiles = (scalar_count + (shape.scalars - 1)) // shape.scalars
+        def tiles_of(lanes_count: Value) -> tuple[Value, Value]:
+            """Whole tiles, and all of them with the single vectors behind."""
+            vectors = (lanes_count + (shape.lanes - 1)) // shape.lanes
+            return vectors // shape.vectors, vectors // shape.vectors + vectors % shape.vectors
+
+        def part_of(count: Value) -> tuple[Value, Value]:
+            return part * count // of["parts"], (part + 1) * count // of["parts"]
+
         if shape.over == "places":
-            begin, end = part * scalar_tiles // of["parts"], (part + 1) * scalar_tiles // of["parts"]
+            scalar_tiles = (of["group_out"] + (shape.scalars - 1)) // shape.scalars
 
             def outputs(count: int, i: Value) -> None:
-                over_lanes(e.number(0), tiles + singles, lambda vectors, at, a_at: tile(vectors, at, a_at, i, count))
+                def places(phase: Phase) -> None:
+                    tiles, every = tiles_of(phase.places)
+                    over_lanes(
+                        tiles, e.number(0), every, lambda vectors, at, a_at: tile(phase, vectors, at, a_at, i, count)
+                    )
 
-            over_scalars(begin, end, outputs)
+                each_phase(places)
+
+            over_scalars(of["group_out"], *part_of(scalar_tiles), outputs)
             return
-        lane_tiles = tiles + singles
-        begin, end = part * lane_tiles // of["parts"], (part + 1) * lane_tiles // of["parts"]
+        tiles, every = tiles_of(of["group_out"])
 
         def outputs_of(vectors: int, at: Value, a_at: Value) -> None:
-            few = scalar_count < shape.scalars
+            def places(phase: Phase) -> None:
+                few = phase.places < shape.scalars
 
-            def one_by_one(i: Value, _: list[Value]) -> Sequence[Value]:
-                tile(vectors, at, a_at, i, 1)
-                return []
+                def one_by_one(i: Value, _: list[Value]) -> Sequence[Value]:
+                    tile(phase, vectors, at, a_at, i, 1)
+                    return []
 
-            if shape.scalars > 1:
-                e.loop(e.select(few, scalar_count, e.number(0)), [], one_by_one)
-            whole = e.select(few, e.number(0), scalar_tiles)
-            over_scalars(e.number(0), whole, lambda count, i: tile(vectors, at, a_at, i, count))
+                if shape.scalars > 1:
+                    e.loop(e.select(few, phase.places, e.number(0)), [], one_by_one)
+                scalar_tiles = (phase.places + (shape.scalars - 1)) // shape.scalars
+                whole = e.select(few, e.number(0), scalar_tiles)
+                over_scalars(
+                    phase.places, e.number(0), whole, lambda count, i: tile(phase, vectors, at, a_at, i, count)
+                )
 
-        over_lanes(begin, end, outputs_of)
+            each_phase(places)
+
+        over_lanes(tiles, *part_of(every), outputs_of)
+
+    def put(self, total: Value, start: Value, behind: Value, mask: Value | None, places: Value | None) -> None:
+        """Finish and write a vector: `behind` start, or in places that lie apart."""
+        e, of, shape, residual = self.e, self.given, self.shape, None
+        if places is None or mask is None:
+            offset = start + behind
+            if shape.has_residual:
+                residual = e.load(of["residual"], offset, mask, shape.stored)
+            e.store(finish(e, total, residual, shape.activation), of["y"], offset, mask, shape.stored)
+            return
+        there = e.move_places(places, start)
+        if shape.has_residual:
+            carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored
+            residual = e.widen(e.gather(of["residual"], there, mask, carrier), shape.stored)
+        e.scatter(finish(e, total, residual, shape.activation), of["y"], there, mask, shape.stored)
 
     def sums(
         self,
         a: Value,
         b: Value,
         x: Value,
-        depth: Value,
+        phase: Phase,
         channel: Value,
         lane: Value,
         scalar: Value,
@@ -332,7 +417,7 @@ class _Dense:
             each = [e.load(of["bias"], p, mask, shape.stored) for p, mask in zip(places, masks, strict=True)]
             acc = each * scalars
 
-        taps, count = e.at(of["taps"], self.gather.reach(depth, 0) * 2, "i64"), self.gather.reach(depth, 1)
+        taps = e.at(of["taps"], phase.first * 2, "i64")
 
         def multiply(acc: Value, a: Value, b: Value) -> Value:
             return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)
@@ -365,7 +450,7 @@ class _Dense:
                 a_shift, b_shift = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
                 return then(e.at(a, a_shift), e.at(b, b_shift, self.b_type), acc)
 
-            return e.loop(count, acc, tap)
+            return e.loop(phase.count, acc, tap)
 
         def only_step(c: Value, acc: list[Value]) -> list[Value]:
             here = e.at(b, c * of["b_channel"], self.b_type)
@@ -387,10 +472,11 @@ class _Dense:
             return e.loop(self.channels, acc, each)
 
         if shape.source == "list":
-            return e.loop(count, acc, listed_tap)
-        # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel.
+            return e.loop(phase.count, acc, listed_tap)
+        # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel (or all of
+        # them, packed so for a phase's few taps).
         if shape.one_tap:
             return e.loop(self.channels, acc, only_step)
-        if shape.over == "places":
+        if shape.over == "places" and not shape.apart:
             return each_channel(a, b, acc, lambda a, b, acc: each_tap(a, b, acc, one_step))
         return each_tap(a, b, acc, lambda a, b, acc: each_channel(a, b, acc, one_step))

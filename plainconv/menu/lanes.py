@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -306,7 +306,16 @@ class Prepared:
     tasks: int
 
 
-def _shown(side: Side, mode: str, start: int, count: int, step: int = 1) -> Tensor:
+class Row(Protocol):
+    """Elements in a row, and what they are padded with."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def padding(self) -> Pair: ...
+
+
+def _shown(side: Row, mode: str, start: int, count: int, step: int = 1) -> Tensor:
     """For places start, start + step, ... of the padded input, the element that each shows, or -1."""
     shown = torch.full((count,), -1, dtype=torch.int64)
     for run in runs(side.size, side.padding, mode, start, count, step):

@@ -12,7 +12,7 @@ from guarded import guarded
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
 from plainconv.cpu.emit import natives
-from plainconv.menu import dense, direct, pointwise
+from plainconv.menu import axes, dense, direct, pointwise
 from plainconv.menu.base import Tensors
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
@@ -70,7 +70,7 @@ def in_channels_last(tensor):
 
 
 def forget():
-    for cached in (dense.kind, dense.layout, dense.natural, dense.workspace_bytes, dense.prepare):
+    for cached in (dense.kind, dense.layout, dense.natural, dense.workspace_bytes, dense.prepare, axes.work):
         cached.cache_clear()
 
 
@@ -144,8 +144,24 @@ def test_what_is_fused(activation, dtype, channels_last):
         check(direct.ALGORITHM, one, reals, in_channels_last if channels_last else None)
 
 
-STRIDE_1 = {name: text for name, text in ALL.items() if set(ConvProblem.parse(text).stride) == {1}}
-ZEROS = {name: text for name, text in STRIDE_1.items() if ConvProblem.parse(text).padding_mode == "zeros"}
+# Where a stride is turned round: phases of unequal length, with many taps, one or none, and blocks of all kinds.
+TURNED = {
+    "transposed": "n2 c20 o6 x16x16 k4x4 s2 p1",
+    "few channels": "n1 c3 o7 x40x44 k4x4 s2 p1",
+    "output padding": "n2 c9 o4 x10x15 k3x3 s2x3 p1",
+    "kernel is the stride": "n2 c17 o6 x12x26 k2x2 s2",
+    "kernel is the stride, pairs": "n1 c18 o5 x9x33 k1x3 s1x3",
+    "1-D, long": "n1 c9 o4 x1499 k16 s8 p4",
+    "one row of many parts": "n1 c2 o3 x2x5001 k2x5 s1x2 p0x2",
+    "dilation shares a factor": "n1 c5 o4 x23x31 k3x4 s4x6 d2x4 p3",
+    "cropped": "n1 c5 o4 x23x31 k3x4 s2x3 p-2:1x-3:-4",
+    "3-D": "n1 c10 o4 x7x9x12 k3x3x4 s2x3x2 p1 g2",
+    "3-D, depth alone": "n1 c10 o4 x7x9x12 k3x3x1 s3x1x1 p1x1x0",
+    "a single pixel": "n3 c20 o5 x4x4 k4x4",
+    "a single pixel, padded": "n2 c5 o5 x2x2 k3x3 s2 p1",
+    "nothing reaches it": "n1 c3 o2 x1x1 k1x1 p5:-1x5:-1",
+}
+ZEROS = {name: text for name, text in (ALL | TURNED).items() if ConvProblem.parse(text).padding_mode == "zeros"}
 
 
 @every_type
@@ -158,9 +174,28 @@ def test_the_gradient_for_the_input(dtype, channels_last, text):
     check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
 
 
+@every_width_in_time
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
+def test_what_is_fused_into_the_gradient(bits, dtype, channels_last, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_residual=True, threads=2)
+    check(algorithm_for(text), dataclasses.replace(asked, activation="relu", has_bias=True), integers)
+    check(algorithm_for(text), asked, integers, in_channels_last)
+
+
+def test_no_zeros_are_multiplied():
+    """Each of the products is done once: a phase has its part of the taps, some have none."""
+    for text in (*TURNED.values(), "n1 c2 o2 x9x9 k1x1 s2", "n1 c2 o2 x40x40 k5x3 s3x4 p2x1"):
+        seen = axes.work(asked_for(text, direction=Direction.GRAD_INPUT))
+        for axis in seen.axes(False):
+            assert sorted(tap.number for tap in axis.taps) == sorted({tap.number for tap in axis.taps})
+            assert all(any(row[k] >= 0 for row in axes.shown(axis, "zeros")) for k in range(len(axis.taps)))
+
+
 def test_what_of_the_gradients_is_refused():
     for text, direction, sentence in [
-        ("n1 c2 o2 x5x5 k3x3 s1x2", Direction.GRAD_INPUT, "not written yet for a stride of (1, 2)"),
         ("n1 c2 o2 x5x5 k3x3 p1 mreflect", Direction.GRAD_INPUT, "not written yet for padding_mode='reflect'"),
         ("n1 c2 o2 x5x5 k3x3", Direction.GRAD_WEIGHT, "grad_weight is not written yet"),
     ]:
@@ -186,6 +221,9 @@ ODD = {
 )
 def test_memory_of_any_strides(text, layout, dtype, channels_last):
     check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last), integers, layout)
+    if ConvProblem.parse(text).padding_mode == "zeros":
+        asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last)
+        check(algorithm_for(text), asked, integers, layout)
 
 
 @every_width_in_time
@@ -195,8 +233,21 @@ def test_memory_of_any_strides(text, layout, dtype, channels_last):
 def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, monkeypatch):
     """Every tensor, every table and the workspace, right before and right behind memory that faults."""
     as_if(bits)
-    asked, algorithm = asked_for(text, dtype, channels_last=channels_last, has_bias=True), algorithm_for(text)
-    tables = dense._tables
+    between_guards(text, dtype, Direction.FORWARD, channels_last, monkeypatch)
+
+
+@every_width_in_time
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
+def test_nothing_outside_is_touched_by_the_gradient(bits, text, dtype, channels_last, as_if, monkeypatch):
+    as_if(bits)
+    between_guards(text, dtype, Direction.GRAD_INPUT, channels_last, monkeypatch)
+
+
+def between_guards(text, dtype, direction, channels_last, monkeypatch):
+    asked = asked_for(text, dtype, direction, channels_last=channels_last, has_bias=True)
+    algorithm, tables = algorithm_for(text), dense._tables
 
     def place(tensor, at_end):
         if not channels_last or tensor.dim() < 3:
@@ -206,17 +257,17 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
     for at_end in (True, False):
         held = []
 
-        def between_guards(*how, at_end=at_end, held=held):
+        def guarded_tables(*how, at_end=at_end, held=held):
             whole, begins = tables(*how)
             starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
             ends = [*starts[1:], len(whole)]
             held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
             return whole, tuple(part.data_ptr() for part in held)
 
-        monkeypatch.setattr(dense, "_tables", between_guards)
+        monkeypatch.setattr(dense, "_tables", guarded_tables)
         dense.prepare.cache_clear()
         first, second, bias = (place(tensor, at_end) for tensor in given(asked, reals)[:3])
-        out = place(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype), at_end)
+        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan, dtype=dtype), at_end)
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         algorithm.run(asked, Tensors(first, second, bias), out, workspace)
         assert held, "the tables were not guarded"
@@ -227,23 +278,29 @@ def kernel_of(text, **more):
     """The text of the kernel that serves a request whose tensors lie as its output will."""
     texts = []
     asked = asked_for(text, **more)
-    problem = asked.problem
-    x, w = torch.empty(problem.input_shape, device="meta"), torch.empty(problem.weight_shape, device="meta")
+    x, w = (torch.empty(asked.problem.shape_of(role), device="meta") for role in asked.direction.given)
     if asked.channels_last:
         x, w = in_channels_last(x), in_channels_last(w)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dense.cpu, "compile", lambda text, target: texts.append(text))
-        dense.prepare.__wrapped__(asked, False, x.stride(), w.stride(), asked.channels_last)
+        dense.prepare.__wrapped__(axes.work(asked), x.stride(), w.stride(), asked.channels_last)
     return texts[-1]
 
 
 @both_layouts
-@pytest.mark.parametrize("text", ["n{n} c64 o64 x{h}x{w} k3x3 p1", "n{n} c32 o64 x{h}x{w} k1x1"])
-def test_a_new_size_compiles_nothing(text, channels_last):
+@pytest.mark.parametrize(
+    ("text", "direction"),
+    [
+        ("n{n} c64 o64 x{h}x{w} k3x3 p1", Direction.FORWARD),
+        ("n{n} c32 o64 x{h}x{w} k1x1", Direction.FORWARD),
+        ("n{n} c64 o64 x{h}x{w} k4x4 s2 p1", Direction.GRAD_INPUT),
+    ],
+)
+def test_a_new_size_compiles_nothing(text, direction, channels_last):
     """Batch, height and width are arguments, and so are kernel and dilation; tiles have a few forms."""
     texts = set()
     for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 1000, 64), (8, 130, 131)]:
-        texts.add(kernel_of(text.format(n=n, h=h, w=w), channels_last=channels_last))
+        texts.add(kernel_of(text.format(n=n, h=h, w=w), channels_last=channels_last, direction=direction))
     assert len(texts) <= 2
 
 
@@ -266,7 +323,7 @@ def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
 
 def test_the_weight_of_a_small_map_is_not_packed():
     asked = asked_for("n1 c512 o512 x7x7 k3x3 p1")
-    assert dense.prepare(asked, False, (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
+    assert dense.prepare(axes.work(asked), (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
     assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
 
 
@@ -294,5 +351,7 @@ def test_taps_wholly_in_the_padding_are_skipped(channels_last):
 
 def test_tile_counts_of_the_kernel():
     """Of all that a shape can say, only what the tile and the types are makes a new text."""
-    shape = kernel.Shape("float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, False, None, 8, 3)
+    shape = kernel.Shape(
+        "float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, False, False, None, 8, 3
+    )
     assert kernel.text(shape) is kernel.text(dataclasses.replace(shape))
