@@ -164,7 +164,9 @@ TURNED = {
 ZEROS = {name: text for name, text in (ALL | TURNED).items() if ConvProblem.parse(text).padding_mode == "zeros"}
 
 
-@every_type
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str
+)
 @both_layouts
 @pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
 def test_the_gradient_for_the_input(dtype, channels_last, text):
@@ -174,12 +176,10 @@ def test_the_gradient_for_the_input(dtype, channels_last, text):
     check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
 
 
-@every_width_in_time
+@every_type
 @both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
-def test_what_is_fused_into_the_gradient(bits, dtype, channels_last, text, as_if):
-    as_if(bits)
+@pytest.mark.parametrize("text", ["n2 c20 o6 x16x16 k4x4 s2 p1", "n1 c5 o4 x23x31 k3x4 s2x3 p-2:1x-3:-4"])
+def test_what_is_fused_into_the_gradient(dtype, channels_last, text):
     asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_residual=True, threads=2)
     check(algorithm_for(text), dataclasses.replace(asked, activation="relu", has_bias=True), integers)
     check(algorithm_for(text), asked, integers, in_channels_last)
@@ -238,8 +238,8 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
 
 @every_width_in_time
 @both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
+@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_nothing_outside_is_touched_by_the_gradient(bits, text, dtype, channels_last, as_if, monkeypatch):
     as_if(bits)
     between_guards(text, dtype, Direction.GRAD_INPUT, channels_last, monkeypatch)
