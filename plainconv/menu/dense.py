@@ -177,7 +177,7 @@ def _padded(count: int, to: int) -> int:
 def kind(work: Work) -> Kind:
     """Roles and types of a request."""
     native, request = natives(cpu.Target.host()), work.request
-    places, channels = not request.channels_last, work.group_in
+    places, channels = not (request.channels_last and request.problem.dims > 1), work.group_in
     pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or (places and channels > 1))
     element = "double" if request.dtype is torch.float64 else "float"
     channels = -(-channels // 2) if pairs else channels
