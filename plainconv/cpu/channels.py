@@ -24,6 +24,8 @@ products.  Depths follow each other, since they read nearly the same.
 In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  The last block begins
 so early that it ends with the channels, and computes some of them again; only fewer channels than lanes need a mask.
 
+Depth and rows may change places (`turned`): then neighbours along the depth are the `rows` that share what they load.
+
 Borders are tables: which element of the input a place shows, or -1.  What lies in the border is left out, for it adds
 zeros; unless a weight of the group is infinite or NaN, whose product with zero is NaN.  Tiles inside step from pixel to
 pixel; those at the edges, and the narrower ones that end the row, look each pixel up.
@@ -76,6 +78,7 @@ class Shape:
 
     element, stored  types of the sums and of memory
     kernel           of depth, rows and width; stride and dilation are those of rows and width: tables know the depth's
+    turned           whether depth and rows have changed places: the weight still has its taps in the old order
     mask             whether there are fewer channels than lanes
     rows, pixels     of a tile; `ends`: pixels of the narrower tiles, 0 if there are none
     inner, taps      along the rows and the width, that are unrolled together
@@ -89,6 +92,7 @@ class Shape:
     kernel: tuple[int, int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
+    turned: bool
     mask: bool
     rows: int
     pixels: int
@@ -104,6 +108,12 @@ class Shape:
     def all_taps(self) -> int:
         """Of the whole kernel."""
         return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+    @property
+    def tap_steps(self) -> tuple[int, int]:
+        """How many taps further, in the weight, those of the next depth and of the next row are."""
+        depth, rows, width = self.kernel
+        return (width, depth * width) if self.turned else (rows * width, width)
 
     @property
     def chunks(self) -> int:
@@ -292,14 +302,13 @@ class _Channels:
     def fill(self, bad: Value, image: Value, d: Value, strip: Value) -> Value:
         """Write down the input rows that a strip reads; how many steps there are."""
         e, of, shape = self.e, self.given, self.shape
-        depth, high, width = shape.kernel
-        count = len(shape.meets)
+        count, (by_kd, by_kh) = len(shape.meets), shape.tap_steps
         x = e.at(of["x"], image * of["x_image"], shape.stored)
         nowhere = e.select(bad, e.address(of["zeros"]), e.number(0))  # for a row of the border
 
         def each_depth(kd: Value, state: list[Value]) -> Sequence[Value]:
             (kept,) = state
-            by_depth = e.scalar(of["depth_table"], d * depth + kd, "i64")
+            by_depth = e.scalar(of["depth_table"], d * shape.kernel[0] + kd, "i64")
             plane = e.address(e.at(x, by_depth * of["x_depth"], shape.stored))
             least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
 
@@ -310,15 +319,14 @@ class _Channels:
                     start = plane + by_row * of["x_row"] * SCALARS[shape.stored]
                     e.put(e.select(real, start, nowhere), self.starts, slot)
                     e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
-                e.put(
-                    (kd * high + chunk * shape.inner) * (width * shape.lanes), self.weights, kept * shape.chunks + chunk
-                )
+                at = (kd * by_kd + chunk * (shape.inner * by_kh)) * shape.lanes
+                e.put(at, self.weights, kept * shape.chunks + chunk)
                 return []
 
             e.loop(shape.chunks, [], each_chunk)
             return [kept + e.select(by_depth >= e.select(bad, e.number(-1), e.number(0)), e.number(1), e.number(0))]
 
-        (kept,) = e.loop(depth, [e.number(0)], each_depth)
+        (kept,) = e.loop(shape.kernel[0], [e.number(0)], each_depth)
         return kept * shape.chunks
 
     # -- a tile ------------------------------------------------------------------------------------------------------
@@ -376,7 +384,7 @@ class _Channels:
 
         def load_weights(rows: Iterable[int]) -> dict[tuple[int, int], Value]:
             across = [(i, k) for i in sorted(set(rows)) for k in range(count)]
-            return {(i, k): e.load(weights, (i * shape.kernel[2] + k) * shape.lanes) for i, k in across}
+            return {(i, k): e.load(weights, (i * shape.tap_steps[1] + k) * shape.lanes) for i, k in across}
 
         held = load_weights(range(shape.inner)) if shape.holds else None
 

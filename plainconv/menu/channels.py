@@ -25,19 +25,20 @@ STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bflo
 PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
 ROWS = 2  # and as many rows, where that many products are not too many
 UNROLLED = 400  # products in a row, at most, where taps along the rows are unrolled
-TASKS = 4  # for each thread, at least, so that shares come out even
+TASKS = 2  # for each thread, at least, so that shares come out even
 SPAN = 128  # tiles along the width that a task has, at most
 
-# Rough speeds, measured on one core with AVX-512: they rank algorithms.
-FMA_PER_SECOND = 3.0e9  # vectors multiplied and added
-LOADS_PER_SECOND = 3.0e9
+# Rough speeds, measured on one core with AVX-512: they choose tiles and rank algorithms.
+CYCLES_PER_SECOND = 3.66e9  # in each, a vector is multiplied and added
+LINE = 2.0  # cycles, of 64 bytes from the second cache: a tile finds little in the first
+STEP = 10.0
+TILE = 20.0
+STRIP = 60.0
+HIGH = 28  # rows of a picture so high that an odd one does not count
 BYTES_PER_SECOND = 10e9  # memory, all threads
 CACHED_PER_SECOND = 30e9  # where input and output stay in a cache
 CACHED = 16 << 20
 HIDDEN = 0.1  # of the shorter of work and memory, the part that the longer does not hide
-STEP_S = 2e-9  # an input row of a tile
-TILE_S = 4e-9
-STRIP_S = 15e-9
 PACK_S = 0.4e-9  # a number of the weight
 LAUNCH_S = 6e-6
 THREADS_S = 4e-6
@@ -62,11 +63,29 @@ def why_not(request: Request) -> str | None:
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
 
+Sides = tuple[Side, Side, Side]
+
+
 @lru_cache(4096)
 def shape_of(request: Request, target: cpu.Target, regular: bool = True) -> channels.Shape:
-    """The kernel that serves a request; regular: whether nothing lies between the pixels of the input."""
-    problem = request.problem
+    """The kernel that serves a request; regular: whether nothing lies between the pixels of the input.
+
+    Outputs that are neighbours along the rows share what they load; where rows have a stride, or are odd in number,
+    those along the depth may share more.
+    """
+    both = [_shape(request, target, regular, turned) for turned in (False, True)]
+    return min(both, key=lambda shape: _cycles(request, shape, sides_of(request.problem, regular, shape.turned)))
+
+
+def sides_of(problem: ConvProblem, regular: bool, turned: bool) -> Sides:
+    """Depth, rows and width, as the kernel has them."""
     depth, high, width = folded(problem, regular)
+    return (high, depth, width) if turned else (depth, high, width)
+
+
+def _shape(request: Request, target: cpu.Target, regular: bool, turned: bool) -> channels.Shape:
+    problem = request.problem
+    depth, high, width = sides_of(problem, regular, turned)
     stored = STORED[request.dtype]
     element = "double" if stored == "double" else "float"
     size = 8 if element == "double" else 4
@@ -86,6 +105,7 @@ def shape_of(request: Request, target: cpu.Target, regular: bool = True) -> chan
         kernel=(depth.kernel, high.kernel, width.kernel),
         stride=(high.stride, width.stride),
         dilation=(high.dilation, width.dilation),
+        turned=turned,
         mask=problem.in_channels < lanes,
         rows=rows,
         pixels=pixels,
@@ -103,6 +123,7 @@ def shape_of(request: Request, target: cpu.Target, regular: bool = True) -> chan
 class Prepared:
     """A compiled kernel with all of its arguments but the tensors' addresses and strides."""
 
+    shape: channels.Shape
     kernel: cpu.Kernel
     tables: tuple[Tensor, ...]
     sizes: tuple[int, ...]
@@ -115,7 +136,7 @@ def _table(side: Side, mode: str) -> Tensor:
     return torch.stack(taps, 1)
 
 
-def _tables(request: Request, shape: channels.Shape, sides: tuple[Side, Side, Side]) -> tuple[Tensor, ...]:
+def _tables(request: Request, shape: channels.Shape, sides: Sides) -> tuple[Tensor, ...]:
     (depth, high, width), mode = sides, request.problem.padding_mode
     strips = -(-high.out // shape.rows)
     first = (torch.arange(strips) * shape.rows).clamp(max=high.out - shape.rows) * high.stride
@@ -151,8 +172,8 @@ def _packed_bytes(request: Request, shape: channels.Shape) -> int:
 def prepare(request: Request, regular: bool) -> Prepared:
     """The kernel and the tables of a request; a call only adds the addresses of its tensors and their strides."""
     problem, target = request.problem, cpu.Target.host()
-    sides = depth, high, width = folded(problem, regular)
     shape = shape_of(request, target, regular)
+    sides = depth, high, width = sides_of(problem, regular, shape.turned)
     head, inside, tiles, ends = _cut(width, shape)
     strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), -(-(tiles + ends) // SPAN)
     tasks = problem.batch * depth.out * strips * spans
@@ -160,6 +181,7 @@ def prepare(request: Request, regular: bool) -> Prepared:
     groups = min(-(-wanted // tasks), blocks) if tasks else 1
     counts = (problem.in_channels, blocks, groups, tasks, max(request.threads, 1), spans, strips)
     ready = Prepared(
+        shape=shape,
         kernel=cpu.compile(channels.text(shape), target),
         tables=_tables(request, shape, sides),
         sizes=(*counts, depth.out, high.out, width.out, width.padding[0], head, inside, tiles, ends),
@@ -190,6 +212,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     if regular:
         strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
     made = (math.prod(problem.output_shape[1:]), high.out * width.out * c, width.out * c, c)
+    if ready.shape.turned:
+        strides, made = ((image, row, depth, pixel) for image, depth, row, pixel in (strides, made))
     behind = (*(table.data_ptr() for table in ready.tables), *strides, *made, *ready.sizes)
     kernel, tasks = ready.kernel, ready.tasks
 
@@ -214,26 +238,40 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
 # -- estimates -------------------------------------------------------------------------------------------------------
 
 
-def cost(request: Request) -> Cost:
-    """Work of the tiles as they are, idle lanes too, and memory; the longer hides most of the other."""
-    problem, target = request.problem, cpu.Target.host()
-    depth, high, width = folded(problem)
-    shape = shape_of(request, target)
-    blocks = _blocks(problem, shape)
+def _cycles(request: Request, shape: channels.Shape, sides: Sides) -> float:
+    """Of one thread, while it multiplies: idle lanes and rows too, but for those of a high picture."""
+    depth, high, width = sides
     _, _, tiles, ends = _cut(width, shape)
-    strips = problem.batch * depth.out * -(-high.out // shape.rows)
-    steps = strips * blocks * depth.kernel * shape.chunks
-    sums = shape.rows * (tiles * shape.pixels + ends * shape.ends)  # of a strip
-    products = steps * shape.inner * width.kernel * sums
-    places = min(width.kernel + (shape.pixels - 1) * shape.stride[1], shape.pixels * width.kernel)
-    loads = steps * (tiles + ends) * (len(shape.meets) * places + shape.inner * width.kernel)
-    register = max(1.0, shape.lanes * (8 if shape.element == "double" else 4) * 8 / target.bits)
-    work = register * max(products / FMA_PER_SECOND, loads / LOADS_PER_SECOND)
-    work += (tiles + ends) * (steps * STEP_S + strips * blocks * TILE_S) + strips * STRIP_S
+    strips: float = -(-high.out // shape.rows)
+    if high.out > HIGH:
+        strips = high.out / shape.rows
+    planes = request.problem.batch * depth.out * strips * _blocks(request.problem, shape)
+    places = min(width.kernel + (shape.pixels - 1) * width.stride, shape.pixels * width.kernel)
+    register = shape.lanes * (8 if shape.element == "double" else 4) / 64
+    line = max(shape.lanes * request.dtype.itemsize / 64, register / 2)
+
+    def tile(pixels: int, places: int) -> float:
+        products = shape.rows * pixels * shape.inner * width.kernel * register
+        return max(products, len(shape.meets) * places * line * LINE) + STEP
+
+    steps = depth.kernel * shape.chunks
+    each = tiles * (steps * tile(shape.pixels, places) + TILE)
+    narrow = (shape.ends - 1) * width.stride + width.kernel
+    return planes * (each + ends * (steps * tile(shape.ends, narrow) + TILE)) + planes * STRIP
+
+
+def cost(request: Request) -> Cost:
+    """Work of the tiles as they are, and memory; the longer hides most of the other."""
+    problem, target = request.problem, cpu.Target.host()
+    shape = shape_of(request, target)
+    depth, high, width = sides = sides_of(problem, True, shape.turned)
     threads = max(request.threads, 1)
-    work = work / threads + problem.in_channels * shape.all_taps * PACK_S
+    work = _cycles(request, shape, sides) / CYCLES_PER_SECOND / threads + problem.in_channels * shape.all_taps * PACK_S
     size = request.dtype.itemsize
-    elements = sum(torch.Size(problem.shape_of(role)).numel() for role in ("x", "w", "y"))
+    elements = sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory = size * elements / (BYTES_PER_SECOND if size * elements > CACHED else CACHED_PER_SECOND)
     seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
-    return Cost(products * shape.lanes, size * elements, _packed_bytes(request, shape), seconds)
+    _, _, tiles, ends = _cut(width, shape)
+    sums = problem.batch * depth.out * -(-high.out // shape.rows) * shape.rows
+    sums *= (tiles * shape.pixels + ends * shape.ends) * _blocks(problem, shape) * shape.lanes
+    return Cost(sums * problem.taps, size * elements, _packed_bytes(request, shape), seconds)
