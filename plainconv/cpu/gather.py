@@ -91,15 +91,15 @@ class Gather:
         """One of the numbers that `reach` has of a depth."""
         return self.e.scalar(self.given["reach"], depth * REACH + place, "i64")
 
-    def fill(self, scratch: Value, x: Value, depth: Value, channels: Value) -> None:
-        """Fill the strip of a block with so many channels, one by one (or pixel by pixel), as its list says."""
+    def fill(self, scratch: Value, x: Value, depth: Value, channels: Value, at: Value | int = 0) -> None:
+        """Fill the strip `at` a place of the scratch memory with so many channels (or pixels of them), as listed."""
         e, of = self.e, self.given
         size = self.fields
         entries = e.at(e.at(scratch, of["entries"]), self.reach(depth, 2) * self.vectors * size, "i64")
-        count = self.reach(depth, 3) * self.vectors
+        count, strip = self.reach(depth, 3) * self.vectors, e.at(scratch, at)
         if self.source == "pixels":
             held = (channels + (self.steps - 1)) // self.steps
-            e.loop(count, [], lambda i, _: self.copy_pixel(e.at(entries, i * size, "i64"), x, scratch, held))
+            e.loop(count, [], lambda i, _: self.copy_pixel(e.at(entries, i * size, "i64"), x, strip, held))
             return
         copy = self.copy_row if self.source == "rows" else self.copy_table
         # What an entry says is read once for some channels.
@@ -107,7 +107,7 @@ class Gather:
 
         def copies(count_at_once: int, first: Value, alone: bool = False) -> list[Value]:
             """Some channels (or pairs) from the first on; the last of an odd number is alone in its pair."""
-            to = e.at(scratch, first * of["pitch"])
+            to = e.at(strip, first * of["pitch"])
             begin = e.at(x, first * self.steps * of["x_channel"], self.stored)
             each = [
                 e.at(begin, of["x_channel"] * i, self.stored) for i in range(1 if alone else count_at_once * self.steps)

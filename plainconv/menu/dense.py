@@ -713,8 +713,6 @@ def workspace_bytes(work: Work) -> int:
 
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "its kernels make the output and the gradient for the input; grad_weight is not written yet"
     if request.direction is Direction.GRAD_INPUT and request.problem.padding_mode != "zeros":
         return f"the gradient for the input is not written yet for padding_mode={request.problem.padding_mode!r}"
     if request.device != "cpu":

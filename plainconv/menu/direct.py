@@ -12,7 +12,7 @@ Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded u
 
 from __future__ import annotations
 
-from plainconv.menu import dense
+from plainconv.menu import dense, products
 from plainconv.menu.base import Algorithm
 from plainconv.problem import Request
 
@@ -20,7 +20,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps == 1:
         return "with a kernel of one tap it is what pointwise is"
-    return dense.why_not(request)
+    return products.why_not(request)
 
 
-ALGORITHM = Algorithm("direct", _why_not, dense.cost, dense.error, dense.run, fuses=True, bind=dense.bind)
+ALGORITHM = Algorithm("direct", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)

@@ -10,7 +10,7 @@ Cost: n * o * c/g * out multiplies, places (or output channels) rounded up to la
 
 from __future__ import annotations
 
-from plainconv.menu import dense
+from plainconv.menu import dense, products
 from plainconv.menu.base import Algorithm
 from plainconv.problem import Request
 
@@ -18,7 +18,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps != 1:
         return f"it is for kernels of one tap, and this one has {request.problem.taps}"
-    return dense.why_not(request)
+    return products.why_not(request)
 
 
-ALGORITHM = Algorithm("pointwise", _why_not, dense.cost, dense.error, dense.run, fuses=True, bind=dense.bind)
+ALGORITHM = Algorithm("pointwise", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)

@@ -1,0 +1,266 @@
+"""The gradient for the weight, by direct and pointwise: every way through the kernel, type and layout of memory."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from checks import CASES, check, compare, given, integers, reals, request, spread
+from guarded import guarded
+
+from plainconv.cpu import compile as cpu
+from plainconv.menu import direct, pointwise, weights
+from plainconv.menu.base import Tensors
+from plainconv.problem import ConvProblem, Direction
+
+BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+every_width = pytest.mark.parametrize("bits", BITS)
+# Everything with the widest registers, and again with the others when there is time.
+every_width_in_time = pytest.mark.parametrize(
+    "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
+)
+every_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+
+# Where the kernel takes another way: tiles of outputs, blocks of channels, images, rows and parts of a row.
+WAYS = {
+    "tiles of outputs": "n3 c4 o137 x9x20 k3x3 p1",
+    "blocks of channels": "n2 c301 o9 x12x40 k3x3 p1",
+    "images of a block": "n7 c5 o20 x7x7 k3x3 p1",
+    "parts of a row": "n1 c3 o9 x3x2300 k1x5 p0x2",
+    "many rows": "n1 c2 o18 x90x20 k3x3 p1",
+    "stride 2": "n1 c4 o10 x19x139 k3x5 s2 p2 g2",
+    "stride over kernel": "n1 c2 o9 x70x90 k2x2 s9",
+    "reflect": "n1 c4 o10 x6x130 k3x5 p2x4 mreflect g2",
+    "replicate, stride": "n1 c4 o6 x6x130 k3x5 s1x2 p2x40 mreplicate",
+    "1-D": "n2 c4 o8 x1333 k31 p15 g2",
+    "1-D, dilation": "n1 c6 o33 x400 k3 d16 p16",
+    "cropped": "n1 c3 o20 x9x90 k3x3 p-2:1x-3:-4",
+    "3-D": "n2 c4 o12 x4x7x35 k3x3x3 s2x1x1 p1 g2",
+    "one tap": "n2 c6 o71 x9x13 k1x1",
+    "one tap, stride": "n2 c8 o24 x9x13 k1x1 s2",
+    "one tap, groups": "n2 c12 o36 x9x9 k1x1 g3",
+    "no image": "n0 c2 o3 x5x5 k3x3",
+}
+ALL = CASES | WAYS
+
+
+def algorithm_for(text):
+    return (pointwise if ConvProblem.parse(text).taps == 1 else direct).ALGORITHM
+
+
+def asked_for(text, dtype=torch.float32, **more):
+    problem = ConvProblem.parse(text)
+    if more.get("channels_last") and problem.dims == 1:
+        pytest.skip("torch has no channels_last in one dimension")
+    return request(problem, Direction.GRAD_WEIGHT, dtype, **more)
+
+
+def in_channels_last(tensor):
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.fixture
+def as_if(monkeypatch):
+    """A function that pretends the processor has vectors of so many bits."""
+
+    def forget():
+        for cached in (weights.way, weights.prepare):
+            cached.cache_clear()
+
+    def pretend(bits):
+        target = cpu.Target.host(bits)
+        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+        forget()
+
+    yield pretend
+    forget()
+
+
+@every_width_in_time
+@every_type
+@both_layouts
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_every_way_through_the_kernel(bits, dtype, channels_last, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, dtype, channels_last=channels_last, threads=1)
+    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+    check(algorithm_for(text), dataclasses.replace(asked, threads=2), reals)
+
+
+@every_width
+@both_layouts
+@pytest.mark.parametrize("text", ["n1 c4 o10 x19x39 k3x5 s2 p2 g2", "n2 c6 o20 x9x13 k1x1"])
+def test_narrower_registers(bits, channels_last, text, as_if):
+    as_if(bits)
+    for dtype in DTYPES:
+        check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last), integers)
+
+
+ODD = {
+    "every other place": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "the first of many channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "rows and columns exchanged": lambda t: t.mT.contiguous().mT,
+    "channels innermost": in_channels_last,
+    "images innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "a window": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
+    "irregular": spread,
+}
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    "text", ["n2 c6 o20 x9x13 k3x3 p1 s2x1", "n2 c6 o20 x9x13 k1x1", "n3 c6 o9 x5x7 k2x3 mreflect p1"]
+)
+def test_memory_of_any_strides(text, layout, dtype, channels_last):
+    asked, algorithm = asked_for(text, dtype, channels_last=channels_last), algorithm_for(text)
+    check(algorithm, asked, integers, layout)
+    first, second, *_ = given(asked, integers)
+    for mixed in ((layout(first), second), (first, layout(second))):
+        out = torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype)
+        out = in_channels_last(out) if channels_last else out
+        algorithm.run(asked, Tensors(*mixed), out, torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8))
+        compare(algorithm, asked, out, *mixed, to_the_bit=True)
+
+
+@every_width_in_time
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, monkeypatch):
+    """Every tensor, every table and the workspace, right before and right behind memory that faults."""
+    as_if(bits)
+    asked, algorithm = asked_for(text, dtype, channels_last=channels_last, threads=2), algorithm_for(text)
+    tables = weights._tables
+
+    def place(tensor, at_end):
+        if not channels_last or tensor.dim() < 3:
+            return guarded(tensor, at_end=at_end)
+        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
+
+    for at_end in (True, False):
+        held = []
+
+        def between_guards(*how, at_end=at_end, held=held):
+            whole, begins = tables(*how)
+            starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
+            ends = [*starts[1:], len(whole)]
+            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
+            return whole, tuple(part.data_ptr() for part in held)
+
+        monkeypatch.setattr(weights, "_tables", between_guards)
+        weights.prepare.cache_clear()
+        first, second, *_ = (t if t is None else place(t, at_end) for t in given(asked, reals))
+        out = place(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end)
+        workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
+        algorithm.run(asked, Tensors(first, second), out, workspace)
+        assert held or not asked.problem.batch, "the tables were not guarded"
+        compare(algorithm, asked, out, first, second, to_the_bit=False)
+
+
+# -- bits ------------------------------------------------------------------------------------------------------------
+
+
+@both_layouts
+@pytest.mark.parametrize("text", ["n5 c3 o20 x60x60 k3x3 p1", "n2 c70 o300 x7x7 k3x3 p1", "n9 c8 o8 x200 k5 g2"])
+def test_the_same_call_gives_the_same_bits(text, channels_last):
+    """Whatever the workspace held before; for every number of threads, and where chunks or parts are shared."""
+    asked, algorithm = asked_for(text, channels_last=channels_last), algorithm_for(text)
+    first, second, *_ = given(asked, reals)
+    for threads in (1, 2, 3, 7):
+        one = dataclasses.replace(asked, threads=threads)
+        results = []
+        for byte in (0xFF, 0x11, 0x77):
+            workspace = torch.full((algorithm.cost(one).workspace,), byte, dtype=torch.uint8)
+            results.append(torch.empty(asked.problem.weight_shape))
+            algorithm.run(one, Tensors(first, second), results[-1], workspace)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def test_threads_share_the_weight_or_the_blocks():
+    ways = {}
+    for text in ("n8 c3 o16 x60x60 k3x3 p1", "n1 c512 o512 x7x7 k3x3 p1"):
+        asked = asked_for(text, threads=2)
+        ways[text] = weights.way(asked, True)
+        check(direct.ALGORITHM, asked, integers)
+    assert [(way.parts, way.chunks) for way in ways.values()] == [(1, 2), (2, 1)]
+
+
+def test_a_long_sum_loses_little():
+    """A million products: one running sum of float32 would be off by a hundred times this."""
+    asked = asked_for("n4 c1 o16 x500x500 k1x1", threads=1)
+    first, second = torch.full((4, 1, 500, 500), 0.1), torch.ones(4, 16, 500, 500)
+    out = torch.empty(16, 1, 1, 1)
+    pointwise.ALGORITHM.run(
+        asked, Tensors(first, second), out, torch.empty(pointwise.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
+    )
+    exact = first.double().sum().item()
+    assert abs(out.double() / exact - 1).max() < 3e-5
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(text, **more):
+    """The texts of the kernels that serve a request whose tensors lie as its output will."""
+    texts = []
+    asked = asked_for(text, **more)
+    x, y = (torch.empty(asked.problem.shape_of(role), device="meta") for role in ("x", "y"))
+    if asked.channels_last:
+        x, y = in_channels_last(x), in_channels_last(y)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(weights.cpu, "compile", lambda text, target: texts.append(text))
+        weights.prepare.__wrapped__(asked, x.stride(), y.stride())
+    return texts
+
+
+@both_layouts
+@pytest.mark.parametrize("text", ["n{n} c64 o64 x{h}x{w} k3x3 p1", "n{n} c32 o64 x{h}x{w} k1x1"])
+def test_a_new_size_compiles_nothing(text, channels_last):
+    texts = set()
+    for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 1000, 64), (8, 130, 131)]:
+        texts.update(kernels_of(text.format(n=n, h=h, w=w), channels_last=channels_last))
+    assert len(texts) == 2
+
+
+@every_width
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k3x3 p1", "n1 c256 o96 x56x56 k1x1", "n1 c3 o32 x56x56 k3x3 p1"])
+def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
+    """In the assembly no vector register goes to the stack where products are summed."""
+    as_if(bits)
+    assembly = cpu.assembly(kernels_of(text, dtype=dtype, channels_last=channels_last)[0])
+    blocks = re.split(r"\n\.L\w+:", assembly)
+    sums = [block for block in blocks if len(re.findall(r"\tv?(?:fmadd|mulp)\w+\t", block)) >= 4]
+    assert sums
+    for block in sums:
+        stores = re.findall(r"\tv?mov\w+\t%[xyz]mm\d+, \S*\(%r[sb]p\).*", block)
+        assert not stores, (stores[:4], block)
+
+
+def test_a_workspace_is_kept_small_on_request():
+    asked = asked_for("n2 c256 o16 x64x64 k3x3 p1", threads=2)
+    for part in (2, 3):
+        few = dataclasses.replace(asked, max_workspace=direct.ALGORITHM.cost(asked).workspace // part)
+        assert direct.ALGORITHM.cost(few).workspace <= few.max_workspace
+        check(direct.ALGORITHM, few, integers)
+
+
+def test_what_is_refused_is_said():
+    far = asked_for("n1 c1 o1 x9 k3 s268435456 p268435456 d268435456")
+    assert "its tables list every place of a padded row" in direct.ALGORITHM.why_not(far)
+
+
+def test_the_gradient_is_chosen_for_dense_layers():
+    from plainconv.plan import plan
+
+    for text in ("n2 c64 o64 x56x56 k3x3 p1", "n2 c256 o64 x28x28 k1x1"):
+        for last in (False, True):
+            assert plan(asked_for(text, channels_last=last)).algorithm.name == algorithm_for(text).name
