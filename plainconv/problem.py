@@ -275,8 +275,8 @@ class Request:
 
     What is made is  activation(convolution + bias + residual),  each of the three if it is there: a bias has one value
     for each channel, a residual the shape and memory format of the result, and activation is one of ACTIVATIONS
-    (leaky_relu with slope 0.01, gelu with erf).  channels_last speaks of the result; max_workspace is in bytes;
-    allow_builtin lets torch's own convolution compete.
+    (leaky_relu with slope 0.01, gelu with erf).  channels_last speaks of the result, and is never set where torch has
+    no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.
     """
 
     problem: ConvProblem
@@ -292,6 +292,8 @@ class Request:
     allow_builtin: bool = False
 
     def __post_init__(self) -> None:
+        if self.problem.dims not in (2, 3):
+            object.__setattr__(self, "channels_last", False)
         if self.activation is None:
             return
         if self.activation not in ACTIVATIONS:

@@ -197,6 +197,12 @@ def test_an_unknown_padding_mode_is_a_value_error():
         ConvProblem(1, 1, 1, (5,), (3,), (1,), ((0, 0),), (1,), 1, "mirror")
 
 
+@pytest.mark.parametrize(("text", "kept"), [("x5 k3", False), ("x5x5 k3x3", True), ("x5x5x5 k3x3x3", True)])
+def test_channels_last_is_of_two_and_three_dimensions(text, kept):
+    asked = Request(ConvProblem.parse(f"n1 c2 o2 {text}"), Direction.FORWARD, torch.float32, channels_last=True)
+    assert asked.channels_last is kept
+
+
 def test_values_are_frozen_and_hash():
     problem = ConvProblem.parse("n1 c1 o1 x5 k3")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -17,7 +17,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.lanes import Side, _shown, folded
+from plainconv.menu.lanes import Side, _shown, folded, too_far
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
 
@@ -57,7 +57,7 @@ def why_not(request: Request) -> str | None:
         return f"in channels_last it is for one output channel a group, and here are {problem.group_out}"
     if problem.dims > 3:
         return "its loops are for at most three dimensions"
-    return cpu.why_not()
+    return too_far(problem) or cpu.why_not()
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------

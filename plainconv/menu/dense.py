@@ -26,7 +26,7 @@ from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.axes import Axes, Axis, Work, inside, shown, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, summation_error
-from plainconv.menu.lanes import _shown, folded
+from plainconv.menu.lanes import _shown, folded, too_far
 from plainconv.problem import Direction, Request
 from plainconv.remember import on_forget, weigh
 
@@ -177,7 +177,7 @@ def _padded(count: int, to: int) -> int:
 def kind(work: Work) -> Kind:
     """Roles and types of a request."""
     native, request = natives(cpu.Target.host()), work.request
-    places, channels = not (request.channels_last and request.problem.dims > 1), work.group_in
+    places, channels = not request.channels_last, work.group_in
     pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or (places and channels > 1))
     element = "double" if request.dtype is torch.float64 else "float"
     channels = -(-channels // 2) if pairs else channels
@@ -721,7 +721,7 @@ def why_not(request: Request) -> str | None:
         return f"its kernels compute in floating-point numbers, not {str(request.dtype).removeprefix('torch.')}"
     if request.problem.dims > 3:
         return "its loops are for at most three dimensions"
-    return cpu.why_not()
+    return too_far(request.problem) or cpu.why_not()
 
 
 def error(request: Request) -> float:

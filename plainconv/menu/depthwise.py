@@ -27,18 +27,14 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
     return lanes.best_tile(request, target, 1)
 
 
-def _channels_inside(request: Request) -> bool:
-    return request.channels_last and request.problem.dims > 1
-
-
 def _why_not(request: Request) -> str | None:
     if request.problem.group_in != 1:
         return f"it is for one input channel a group, and here are {request.problem.group_in}"
-    return channels.why_not(request) if _channels_inside(request) else lanes.why_not(request)
+    return channels.why_not(request) if request.channels_last else lanes.why_not(request)
 
 
 def _cost(request: Request) -> Cost:
-    return channels.cost(request) if _channels_inside(request) else lanes.cost(request, _tile)
+    return channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
 
 
 def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -46,7 +42,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
-    return channels.bind(request, tensors) if _channels_inside(request) else lanes.bind(request, tensors, _tile)
+    return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 
 ALGORITHM = Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind)

@@ -52,6 +52,7 @@ BYTES_PER_SECOND = 13e9  # a thread, of memory
 LAUNCH_S = 6e-6  # from Python to the kernel and back
 THREADS_S = 2e-6  # waking torch's threads
 
+MOST_PLACES = 1 << 20  # skipped at once along a dimension
 ROWS = 14  # of a tile, at most
 HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
 SHORT = 32  # vectors of a row that is short
@@ -88,7 +89,7 @@ class Side(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether the kernel does not move along it."""
-        return self.kernel == 1 and self.stride == 1 and self.padding == (0, 0)
+        return self.kernel == 1 and self.stride == 1 and self.padding == (0, 0) and self.out == self.size
 
 
 @lru_cache(4096)
@@ -98,6 +99,8 @@ def folded(problem: ConvProblem, merge: bool = True) -> tuple[Side, Side, Side]:
     sides: list[Side] = []
     for part in zip(*parts, strict=True):
         side = Side(*part)
+        if side.out == 1:  # no second place to stride to
+            side = side._replace(stride=1)
         if merge and sides and sides[-1].plain and side.plain:
             size = sides.pop().size * side.size
             side = side._replace(size=size, out=size)
@@ -105,6 +108,14 @@ def folded(problem: ConvProblem, merge: bool = True) -> tuple[Side, Side, Side]:
     one = Side(1, 1, 1, (0, 0), 1, 1)
     depth, high, width = (one,) * (3 - len(sides)) + tuple(sides)
     return depth, high, width
+
+
+def too_far(problem: ConvProblem) -> str | None:
+    """The sentence for what tables of every place cannot be made of: places far outside, or far apart."""
+    for side in folded(problem, False):
+        if max(*map(abs, side.padding), (side.kernel - 1) * side.dilation, side.stride) > MOST_PLACES:
+            return f"its tables list every place, and padding, dilation or stride skip more than {MOST_PLACES} of them"
+    return None
 
 
 def why_not(request: Request) -> str | None:
@@ -115,11 +126,11 @@ def why_not(request: Request) -> str | None:
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:
         return f"its kernels compute in floating point, not {str(request.dtype).removeprefix('torch.')}"
-    if request.channels_last and request.problem.dims > 1:
+    if request.channels_last:
         return "its lanes are neighbours along the width, and channels_last has channels there"
     if request.problem.dims > 3:
         return "its loops are for at most three dimensions"
-    return cpu.why_not()
+    return too_far(request.problem) or cpu.why_not()
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from checks import (
     BY_NAME,
     CASES,
     DIRECTIONS,
+    FORWARD_ONLY,
     channels_last,
     check,
     compare,
@@ -361,14 +362,41 @@ def test_wide_volumes_are_cut_until_the_workspace_holds_them(name, text):
 
 @directions
 @pytest.mark.parametrize(
-    "text", ["n1 c3 o4 x8x8 k3x3 s1099511627776", "n1 c1 o1 x9 k3 s268435456 p268435456 d268435456"]
+    "text",
+    [
+        "n1 c3 o4 x8x8 k3x3 s1099511627776",
+        "n1 c1 o1 x9 k3 s268435456 p268435456 d268435456",
+        "n1 c2 o2 x4x5x6 k3x1x3 s268435456 p268435456x0x268435456 d268435456 g2",
+    ],
 )
-def test_huge_strides_and_paddings_cost_nothing(direction, text):
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_huge_strides_and_paddings_cost_nothing(direction, text, last):
     """Neither the choice nor the work may depend on how far apart the places are that are never read."""
-    asked = request(ConvProblem.parse(text), direction, torch.float32)
+    asked = request(ConvProblem.parse(text), direction, torch.float32, channels_last=last)
     for algorithm in ALGORITHMS:
         if algorithm.why_not(asked) is None and algorithm.cost(asked).workspace < 1 << 20:
             check(algorithm, asked, integers)
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_a_stride_without_a_second_place_is_no_stride(name):
+    text = {"pointwise": "n1 c2 o2 x9x5 k1x1", "depthwise": "n1 c2 o2 x9x5 k3x3 g2"}.get(name, "n1 c2 o3 x9x5 k3x3")
+    asked = asked_for(BY_NAME[name], f"{text} s{1 << 40}", Direction.FORWARD, torch.float32)
+    check(BY_NAME[name], asked)
+    if name != "narrow":
+        check(BY_NAME[name], dataclasses.replace(asked, channels_last=True))
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+@pytest.mark.parametrize("far", [f"p{1 << 21}", f"p{1 << 21} s{1 << 21}", f"p{1 << 20} d{1 << 21}"])
+def test_places_too_far_away_for_a_table_are_refused(name, far):
+    if name == "pointwise" and "d" in far:
+        pytest.skip("one tap has no dilation")
+    shape = {"pointwise": "k1x1", "depthwise": "k2x2 g2"}.get(name, "k2x2")
+    asked = request(ConvProblem.parse(f"n1 c2 o2 x9x5 {shape} {far}"), Direction.FORWARD, torch.float32)
+    assert "skip more than 1048576 of them" in BY_NAME[name].why_not(asked)
+    if name != "narrow":
+        assert "skip more than 1048576" in BY_NAME[name].why_not(dataclasses.replace(asked, channels_last=True))
 
 
 @cut
@@ -524,7 +552,8 @@ def test_what_an_algorithm_says_of_a_request(algorithm, direction, problem, dtyp
 
 def test_the_menu():
     names = [algorithm.name for algorithm in ALGORITHMS]
-    assert names == ["loops", "shift", "im2col", "fft", "narrow", "depthwise", "builtin", "reference"]
+    engine = ["narrow", "depthwise", "direct", "pointwise"]
+    assert names == ["loops", "shift", "im2col", "fft", *engine, "builtin", "reference"]
     assert len(set(FLOATS + COMPLEX + INTEGERS)) == len(DTYPES) == 12
     with pytest.raises(dataclasses.FrozenInstanceError):
         ALGORITHMS[0].name = "other"
