@@ -21,6 +21,8 @@ and the loops are, from the outside in,
 so that a pixel is loaded once for all that it meets: with 3x3 taps, two rows of 7 pixels load 4 rows of 9 for 126
 products.  Depths follow each other, since they read nearly the same.
 
+Of an input larger than the caches, each step asks for a part of what the next task reads.
+
 In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  The last block begins
 so early that it ends with the channels, and computes some of them again; only fewer channels than lanes need a mask.
 
@@ -67,7 +69,10 @@ SIZES = (
     "inside",  # tiles after them
     "tiles",  # all of them
     "ends",  # narrower tiles, for what does not fill a tile
+    "fresh",  # input rows, of the last of a task, ...
+    "ahead",  # ... that are asked for so many elements further on: the next task reads them
 )
+LINE = 64  # bytes that come together from memory
 CHECKED = 4  # vectors of the weight at a time, when it is looked at
 UNROLLED = 32  # taps of a weight, packed in a row
 
@@ -159,6 +164,7 @@ class _Channels:
         self.starts = e.stack("ptr", steps * len(shape.meets))  # where input rows begin: nowhere, if left out
         self.pixels = e.stack("i64", steps * len(shape.meets))  # how far apart their pixels are
         self.weights = e.stack("i64", steps)  # and for each step, where its weights are
+        self.asked = e.stack("i64", steps + 1)  # and the first of the input rows that it asks for
         self.mask = e.tail(self.given["channels"]) if shape.mask else None
 
     def kernel(self) -> str:
@@ -327,7 +333,15 @@ class _Channels:
             return [kept + e.select(by_depth >= e.select(bad, e.number(-1), e.number(0)), e.number(1), e.number(0))]
 
         (kept,) = e.loop(shape.kernel[0], [e.number(0)], each_depth)
-        return kept * shape.chunks
+        steps = kept * shape.chunks
+        fresh = e.least(of["fresh"], steps * count)
+
+        def each_step(step: Value, _: list[Value]) -> Sequence[Value]:
+            e.put(steps * count - fresh + step * fresh // e.most(steps, 1), self.asked, step)
+            return []
+
+        e.loop(steps + 1, [], each_step)
+        return steps
 
     # -- a tile ------------------------------------------------------------------------------------------------------
 
@@ -338,12 +352,29 @@ class _Channels:
         e, of, shape = self.e, self.given, self.shape
         width, taps = shape.kernel[2], shape.taps
         channel = self.channel(group.first + block)
-        begin = e.load(of["bias"], channel, self.mask, shape.stored) if shape.has_bias else e.zero
+        bias = e.load(of["bias"], channel, self.mask, shape.stored) if shape.has_bias else e.zero
         packed = e.at(group.packed, block * (shape.all_taps * shape.lanes))
         place = first * shape.stride[1]  # in the padded row, where the first tap begins
+        size = SCALARS[shape.stored]
+        lines = (of["x_pixel"] * (pixels * shape.stride[1] * size) // LINE + group.count) // group.count
+        behind = ((place - of["lo"]) * of["x_pixel"] + of["ahead"]) * size + block * lines * LINE
 
         def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
             weights = e.at(packed, e.scalar(self.weights, step, "i64"))
+
+            def ask(i: Value, _: list[Value]) -> Sequence[Value]:
+                start = e.at(e.scalar(self.starts, begin + i, "ptr"), behind, "i8")
+
+                def line(i: Value, _: list[Value]) -> Sequence[Value]:
+                    e.prefetch(e.at(start, i * LINE, "i8"))
+                    return []
+
+                e.loop(lines, [], line)
+                return []
+
+            begin = e.scalar(self.asked, step, "i64")
+            if inside:
+                e.loop(e.scalar(self.asked, step + 1, "i64") - begin, [], ask)
 
             def some(chunk: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
                 w = e.at(weights, chunk * (taps * shape.lanes))
@@ -353,7 +384,7 @@ class _Channels:
             acc = e.loop(width // taps, acc, some)
             return some(e.number(width // taps), acc, width % taps) if width % taps else acc
 
-        acc = e.loop(steps, [begin] * (shape.rows * pixels), each_step)
+        acc = e.loop(steps, [bias] * (shape.rows * pixels), each_step)
         for r in range(shape.rows):
             at = to + r * of["y_row"] + first * of["y_pixel"] + channel
             for p in range(pixels):

@@ -26,6 +26,7 @@ PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
 ROWS = 2  # and as many rows, where that many products are not too many
 UNROLLED = 400  # products in a row, at most, where taps along the rows are unrolled
 TASKS = 2  # for each thread, at least, so that shares come out even
+ASKED = 16 << 20  # bytes of an input so large that what the next task reads is asked for ahead
 SPAN = 128  # tiles along the width that a task has, at most
 
 # Rough speeds, measured on one core with AVX-512: they choose tiles and rank algorithms.
@@ -201,6 +202,16 @@ def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
     return image, depth, row, pixel
 
 
+def _ahead(request: Request, shape: channels.Shape, sides: Sides, strides: tuple[int, ...]) -> tuple[int, int]:
+    """How many of the input rows of a task are asked for, and how far further on: what only the next task reads."""
+    if math.prod(request.problem.input_shape) * request.dtype.itemsize < ASKED or shape.mask:
+        return 0, 0
+    (depth, high, _), (_, plane, row, _) = sides, strides
+    if depth.out > 1:
+        return depth.stride * shape.chunks * len(shape.meets), depth.stride * plane
+    return shape.rows * high.stride, shape.rows * high.stride * row
+
+
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, activation and residual included; an input whose channels lie apart is copied."""
     problem, x, threads = request.problem, tensors.first, request.threads
@@ -213,8 +224,9 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
     made = (math.prod(problem.output_shape[1:]), high.out * width.out * c, width.out * c, c)
     if ready.shape.turned:
-        strides, made = ((image, row, depth, pixel) for image, depth, row, pixel in (strides, made))
-    behind = (*(table.data_ptr() for table in ready.tables), *strides, *made, *ready.sizes)
+        strides, made = ((image, row, plane, pixel) for image, plane, row, pixel in (strides, made))
+    ahead = _ahead(request, ready.shape, sides_of(problem, regular, ready.shape.turned), strides)
+    behind = (*(table.data_ptr() for table in ready.tables), *strides, *made, *ready.sizes, *ahead)
     kernel, tasks = ready.kernel, ready.tasks
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -74,9 +74,10 @@ def apart(tensor):
 
 @pytest.fixture
 def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
+    """A function that pretends the processor has vectors of so many bits, and that every input is a large one."""
 
     def pretend(bits):
+        monkeypatch.setattr(channels, "ASKED", 0)
         target = cpu.Target.host(bits)
         monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
         monkeypatch.setattr(channels, "prepare", channels.prepare.__wrapped__)
