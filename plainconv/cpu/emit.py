@@ -482,6 +482,18 @@ class Emit:
             step *= 2
         return rows
 
+    def sums_of(self, rows: Sequence[Value]) -> Value:
+        """A vector whose lane i is the sum of all lanes of vector i, of at most as many as there are lanes."""
+        step = 1
+        rows = list(rows)
+        while step < self.lanes:
+            upper = [lane if not lane & step else self.lanes + lane - step for lane in range(self.lanes)]
+            lower = [lane + step if not lane & step else self.lanes + lane for lane in range(self.lanes)]
+            pairs = [(rows[i], rows[min(i + 1, len(rows) - 1)]) for i in range(0, len(rows), 2)]
+            rows = [self.add(self._shuffle(a, b, upper), self._shuffle(a, b, lower)) for a, b in pairs]
+            step *= 2
+        return rows[0]
+
     def _shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
         """Lanes of a (0, 1, ...) and of b (counted on)."""
         numbers = ", ".join(f"i32 {lane}" for lane in lanes)

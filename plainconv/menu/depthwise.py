@@ -18,9 +18,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, lanes
+from plainconv.menu import channels, lanes, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
-from plainconv.problem import Request
+from plainconv.problem import Direction, Request
 
 
 def _tile(request: Request, target: Target) -> lanes.Tile:
@@ -30,10 +30,14 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
 def _why_not(request: Request) -> str | None:
     if request.problem.group_in != 1:
         return f"it is for one input channel a group, and here are {request.problem.group_in}"
-    return channels.why_not(request) if request.channels_last else lanes.why_not(request)
+    if request.channels_last and request.direction is not Direction.GRAD_WEIGHT:
+        return channels.why_not(request)
+    return lanes.why_not(request)
 
 
 def _cost(request: Request) -> Cost:
+    if request.direction is Direction.GRAD_WEIGHT:
+        return taps.cost(request)
     return channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
 
 
@@ -42,6 +46,8 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
+    if request.direction is Direction.GRAD_WEIGHT:
+        return taps.bind(request, tensors)
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 

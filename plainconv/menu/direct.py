@@ -20,7 +20,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps == 1:
         return "with a kernel of one tap it is what pointwise is"
-    return products.why_not(request)
+    return dense.why_not(request)
 
 
 ALGORITHM = Algorithm("direct", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)

@@ -120,8 +120,8 @@ def too_far(problem: ConvProblem) -> str | None:
 
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if request.direction is not Direction.FORWARD:
-        return f"its kernels make the output; {request.direction.value} is not written yet"
+    if request.direction is Direction.GRAD_INPUT:
+        return f"its kernels make the output and the weight's gradient; {request.direction.value} is not written yet"
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:

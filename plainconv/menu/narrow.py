@@ -16,9 +16,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import lanes
+from plainconv.menu import lanes, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
-from plainconv.problem import Request
+from plainconv.problem import Direction, Request
 
 MOST_OUTPUTS = 6  # of a tile
 
@@ -28,7 +28,7 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
 
 
 def _cost(request: Request) -> Cost:
-    cost = lanes.cost(request, _tile)
+    cost = taps.cost(request) if request.direction is Direction.GRAD_WEIGHT else lanes.cost(request, _tile)
     # Of two that are alike, the one whose name tells more comes first.
     return cost._replace(seconds=1.01 * cost.seconds) if request.problem.group_in == 1 else cost
 
@@ -38,6 +38,8 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
+    if request.direction is Direction.GRAD_WEIGHT:
+        return taps.bind(request, tensors)
     return lanes.bind(request, tensors, _tile)
 
 

@@ -18,7 +18,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps != 1:
         return f"it is for kernels of one tap, and this one has {request.problem.taps}"
-    return products.why_not(request)
+    return dense.why_not(request)
 
 
 ALGORITHM = Algorithm("pointwise", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)

@@ -9,13 +9,6 @@ from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.problem import Direction, Request
 
 
-def why_not(request: Request) -> str | None:
-    """The sentence for what neither kernel does."""
-    if request.direction is Direction.GRAD_WEIGHT:
-        return dense.why_not(request) or weights.why_not(request)
-    return dense.why_not(request)
-
-
 def cost(request: Request) -> Cost:
     """That of the direction's kernel."""
     return weights.cost(request) if request.direction is Direction.GRAD_WEIGHT else dense.cost(request)

@@ -32,7 +32,6 @@ from plainconv.remember import on_forget, weigh
 
 STRIP_BYTES = 384 << 10  # of the strips of a block; they stay in a core's own cache, beside the output's gradient
 PLACES = 512  # of a block, of as many images as it takes
-MOST_TABLE = 1 << 24  # places of a padded row
 
 # Cycles, as in plainconv/menu/dense.py.
 PRODUCT = 1.02  # a vector multiplied and added
@@ -274,7 +273,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
     )
     room = _room(request, one, source)
     channel_blocks, tiles = -(-problem.group_in // one.channels), -(-problem.group_out // one.width)
-    inside = request.channels_last and problem.dims > 1  # channels side by side in the weight
+    inside = request.channels_last  # channels side by side in the weight
     step = 1 if source == "pixels" else room.pitch
     last = problem.group_in - (channel_blocks - 1) * one.channels
     factors = []
@@ -384,18 +383,6 @@ def _tables(mode: str, axes: Axes, one: Way, source: str, factors: list[int]) ->
         begins.append(begin)
         begin += part.nbytes
     return tables, tuple(begins)
-
-
-def why_not(request: Request) -> str | None:
-    """The sentence for what the kernel does not do."""
-    problem = request.problem
-    reads = zip(problem.out, problem.stride, problem.kernel, problem.dilation, strict=True)
-    if (
-        max((out + dense.MOST_SCALARS) * stride + kernel * dilation for out, stride, kernel, dilation in reads)
-        > MOST_TABLE
-    ):
-        return f"its tables list every place of a padded row, and here are more than {MOST_TABLE}"
-    return None
 
 
 def cost(request: Request) -> Cost:

@@ -211,3 +211,16 @@ def test_what_cannot_be_converted_is_refused():
     e = Emit(8)
     with pytest.raises(ValueError, match="avx512bf16"):
         e.dot_pairs(e.zero, e.zero, e.zero)
+
+
+@every_target
+def test_the_lanes_of_many_vectors_are_added(target):
+    """Lane i of the result is the sum of vector i, of any number of vectors up to as many as there are lanes."""
+    lanes = target.bits // 32
+    for count in range(1, lanes + 1):
+        source, result = torch.randint(-9, 10, (count, lanes)).float(), torch.empty(lanes)
+        e = builder(target)
+        x, y = e.arguments("ptr", "ptr")
+        e.store(e.sums_of([e.load(x, i * lanes) for i in range(count)]), y)
+        run(e, (source, result), target=target)
+        assert torch.equal(result[:count], source.sum(1))

@@ -253,11 +253,6 @@ def test_a_workspace_is_kept_small_on_request():
         check(direct.ALGORITHM, few, integers)
 
 
-def test_what_is_refused_is_said():
-    far = asked_for("n1 c1 o1 x9 k3 s268435456 p268435456 d268435456")
-    assert "its tables list every place of a padded row" in direct.ALGORITHM.why_not(far)
-
-
 def test_the_gradient_is_chosen_for_dense_layers():
     from plainconv.plan import plan
 
