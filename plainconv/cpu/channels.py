@@ -74,7 +74,6 @@ SIZES = (
 )
 LINE = 64  # bytes that come together from memory
 CHECKED = 4  # vectors of the weight at a time, when it is looked at
-UNROLLED = 32  # taps of a weight, packed in a row
 
 
 @dataclass(frozen=True)
@@ -211,33 +210,31 @@ class _Channels:
         taps, lanes = shape.all_taps, shape.lanes
 
         def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
-            channel = self.channel(first + i)
-            to = e.at(packed, i * (taps * lanes))
+            w, to = e.at(of["w"], self.channel(first + i) * taps, shape.stored), e.at(packed, i * (taps * lanes))
 
-            def clear(tap: Value, _: list[Value]) -> Sequence[Value]:
-                e.store(e.zero, to, tap * lanes)
+            def square(i: Value, _: list[Value]) -> Sequence[Value]:
+                """As many taps as lanes, or all; the last ones may have been packed before."""
+                tap = e.least(i * lanes, max(taps - lanes, 0))
+                some = e.tail(taps) if taps < lanes else None
+                across = e.transpose([e.load(w, tap + c * taps, some, shape.stored) for c in range(lanes)])
+                for t, vector in enumerate(across[:taps]):
+                    e.store(vector, to, (tap + t) * lanes)
                 return []
 
-            def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
-                w = e.at(of["w"], (channel + c) * taps, shape.stored)
-
-                def move(tap: Value | int) -> None:
-                    e.put(e.widen(e.scalar(w, tap, shape.stored), shape.stored), to, c + e.number(tap) * lanes)
-
-                def each_tap(tap: Value, _: list[Value]) -> Sequence[Value]:
-                    move(tap)
+            def each_tap(tap: Value, _: list[Value]) -> Sequence[Value]:
+                def each_channel(c: Value, _: list[Value]) -> Sequence[Value]:
+                    number = e.widen(e.scalar(w, c * taps + tap, shape.stored), shape.stored)
+                    e.put(number, to, tap * lanes + c)
                     return []
 
-                if taps > UNROLLED:
-                    e.loop(taps, [], each_tap)
-                else:
-                    for tap in range(taps):
-                        move(tap)
+                e.store(e.zero, to, tap * lanes)
+                e.loop(of["channels"], [], each_channel)
                 return []
 
             if shape.mask:
-                e.loop(taps, [], clear)
-            e.loop(of["channels"] if shape.mask else lanes, [], each_channel)
+                e.loop(taps, [], each_tap)
+            else:
+                e.loop(-(-taps // lanes), [], square)
             return []
 
         e.loop(count, [], each_block)
