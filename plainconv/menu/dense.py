@@ -52,7 +52,8 @@ PIXEL = 6.0  # a pixel gathered
 LISTED = 4.0  # an entry in the list of where taps are
 TAP = 6.0  # a tap of a tile, if taps are listed
 ADDRESS = 1.5  # and of each of its scalars
-RUN = 20.0  # a row of a channel, in or out, where memory goes on elsewhere
+SLOT = 3.0  # a row of a channel in the strip
+RUN = 20.0  # a piece of a channel, in or out, behind which memory goes on elsewhere
 BLOCK = 100.0  # a block's beginning and end
 FAR = 1.08  # a strip that the core's own cache does not keep
 NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
@@ -257,9 +258,8 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
         strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
         by_row, by_pixel = _pitches(is_, strip, lanes)
         if listed:
-            read = (
-                _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
-            )  # pixels, of all groups
+            # Pixels; groups meet in the same lines of the cache, so those of all groups have to stay there.
+            read = _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
             strip_bytes = read * work.in_channels * request.dtype.itemsize
         else:
             strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
@@ -272,6 +272,9 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             copies = is_.channels * entries * COPY * min(width.stride, 8)
         else:
             copies = entries * (-(-is_.channels // lanes) * COPY + PIXEL)
+        # Rows follow each other in memory; so do the channels of whole planes.
+        pieces = is_.channels * len(depth.taps) * (1 if whole else len(high.taps)) + work.group_out
+        pieces *= rows < high.out or cols < width.out
         # Places of a block, and of the last one of a row (or of an image), which may be smaller.
         count = -(-high.out // rows) if whole else -(-width.out // cols)
         most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
@@ -285,14 +288,12 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             if _apart(axes) and is_.places:
                 cycles += SCATTER * lanes * scalars * vectors * len(phases)
             cycles *= FAR if strip_bytes > STRIP_BYTES else 1.0
-            if (
-                listed and strip_bytes > STRIP_BYTES
-            ):  # groups meet the same lines of the cache, and not while they are near
+            if listed and strip_bytes > STRIP_BYTES:
                 cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
             # The weight arrives while the first of a block's tiles along the other factor is at work.
             first = tile.vectors / vectors if is_.places else tile.scalars / scalars
             cycles += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - cycles * min(first, 1.0))
-            cycles += BLOCK + (RUN * (is_.channels * strip.slots + work.group_out) if is_.places else 0.0)
+            cycles += BLOCK + (SLOT * is_.channels * strip.slots + RUN * pieces if is_.places else 0.0)
             cycles += copies * vector
             cycles += {Reads.STRIP: ENTRY, Reads.LIST: LISTED, Reads.INPUT: 0.0}[reads] * entries / max(planes, 1)
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
