@@ -105,9 +105,9 @@ def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
     """Where pixels lie in one piece, their taps may be read through a list, whatever the estimates say of it."""
     as_if(bits)
     asked = asked_for(text, dtype, channels_last=True, has_bias=True)
-    if dtype is torch.bfloat16 and not dense.kind(asked).pairs:
+    if dtype is torch.bfloat16 and not dense.kind(axes.work(asked)).pairs:
         pytest.skip("single numbers of half types are converted, which is done when they are gathered")
-    listed = dense.layout(asked, True, dense.Reads.LIST)
+    listed = dense.layout(axes.work(asked), True, dense.Reads.LIST)
     monkeypatch.setattr(dense, "natural", lru_cache(lambda *_: listed))
     for layout in (in_channels_last, ODD["a window of pixels"]):
         check(algorithm_for(text), asked, integers, layout)
