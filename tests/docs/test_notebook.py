@@ -30,6 +30,7 @@ def kinds(cell):
     return ["text" if output.output_type == "stream" else sorted(output.data)[0] for output in cell.outputs]
 
 
+@pytest.mark.slow
 def test_it_runs_in_an_empty_folder_and_shows_what_is_committed(committed, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "OMP_WAIT_POLICY", "PASSIVE"

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_no
 
 both = pytest.mark.parametrize("module", [narrow, depthwise], ids=["narrow", "depthwise"])
 every_width = pytest.mark.parametrize("bits", BITS)
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Where the kernel takes another way: tiles inside and at the edges, tails of rows and outputs, every kind of stride.
 WAYS = {
@@ -70,13 +71,28 @@ def as_if(monkeypatch):
     return pretend
 
 
+# Every way with numbers of four bytes, and some with the others; all of CASES with the widest vectors, and with the
+# narrower ones when there is time.
+GUARDED = [(BITS[0], text, torch.float32) for text in ALL.values()]
+GUARDED += [
+    pytest.param(bits, text, torch.float32, marks=[pytest.mark.slow] if text in CASES.values() else [])
+    for bits in BITS[1:]
+    for text in ALL.values()
+]
+GUARDED += [
+    (bits, ALL[name], dtype)
+    for bits in BITS
+    for name in ("stride 2", "reflect", "stride 6", "3-D")
+    for dtype in FLOATS[1:]
+]
+
+
 @both
-@every_width
-@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
-def test_nothing_outside_is_touched(module, bits, text, as_if, monkeypatch):
+@pytest.mark.parametrize(("bits", "text", "dtype"), GUARDED, ids=str)
+def test_nothing_outside_is_touched(module, bits, text, dtype, as_if, monkeypatch):
     """Every tensor, and every table, right before and right behind memory that faults."""
     as_if(bits)
-    asked = asked_for(module, text, has_bias=True, has_residual=True)
+    asked = asked_for(module, text, dtype, has_bias=True, has_residual=True)
     tables = lanes._tables
     for at_end in (True, False):
         held = []
@@ -87,7 +103,7 @@ def test_nothing_outside_is_touched(module, bits, text, as_if, monkeypatch):
 
         monkeypatch.setattr(lanes, "_tables", between_guards)
         tensors = [guarded(tensor, at_end=at_end) for tensor in given(asked, reals)]
-        out = guarded(torch.full(asked.problem.output_shape, torch.nan), at_end=at_end)
+        out = guarded(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype), at_end=at_end)
         module.ALGORITHM.run(asked, Tensors(*tensors), out, torch.empty(0, dtype=torch.uint8))
         assert held, "the tables were not guarded"
         compare(module.ALGORITHM, asked, out, *tensors, to_the_bit=False)
