@@ -43,6 +43,7 @@ from functools import lru_cache, partial
 
 from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
+from plainconv.cpu.weight import Weight
 
 POINTERS = ("x", "w", "packed", "bias", "residual", "y", "depth_table", "row_table", "width_table", "zeros")
 SIZES = (
@@ -82,6 +83,7 @@ class Shape:
 
     element, stored  types of the sums and of memory
     kernel           of depth, rows and width; stride and dilation are those of rows and width: tables know the depth's
+    weight           where its taps are
     turned           whether depth and rows have changed places: the weight still has its taps in the old order
     mask             whether there are fewer channels than lanes
     rows, pixels     of a tile; `ends`: pixels of the narrower tiles, 0 if there are none
@@ -97,6 +99,7 @@ class Shape:
     stride: tuple[int, int]
     dilation: tuple[int, int]
     turned: bool
+    weight: Weight
     mask: bool
     rows: int
     pixels: int
@@ -109,15 +112,10 @@ class Shape:
     activation: str | None
 
     @property
-    def all_taps(self) -> int:
-        """Of the whole kernel."""
-        return self.kernel[0] * self.kernel[1] * self.kernel[2]
-
-    @property
     def tap_steps(self) -> tuple[int, int]:
         """How many taps further, in the weight, those of the next depth and of the next row are."""
-        depth, rows, width = self.kernel
-        return (width, depth * width) if self.turned else (rows * width, width)
+        depth, rows, _ = self.weight.steps
+        return (rows, depth) if self.turned else (depth, rows)
 
     @property
     def chunks(self) -> int:
@@ -170,7 +168,7 @@ class _Channels:
         e, of, shape = self.e, self.given, self.shape
         each = of["tasks"]
         share = (e.begin * of["shares"] + (each * of["groups"] - 1)) // (each * of["groups"])
-        size = of["blocks"] * (shape.all_taps * shape.lanes)
+        size = of["blocks"] * (shape.weight.all_taps * shape.lanes)
         packed = e.at(of["packed"], share * size)
         first = e.begin // each
 
@@ -207,7 +205,7 @@ class _Channels:
     def pack(self, first: Value, count: Value, packed: Value) -> Value:
         """Write the weight of these blocks to [block, taps, lanes]; whether any of it times zero is not zero."""
         e, of, shape = self.e, self.given, self.shape
-        taps, lanes = shape.all_taps, shape.lanes
+        taps, lanes = shape.weight.all_taps, shape.lanes
 
         def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
             w, to = e.at(of["w"], self.channel(first + i) * taps, shape.stored), e.at(packed, i * (taps * lanes))
@@ -238,6 +236,8 @@ class _Channels:
             return []
 
         e.loop(count, [], each_block)
+        if shape.weight.turned:
+            return e.compare("ne", 0, 0)  # the border of a gradient is not there, not even as zeros
         begin = self.channel(first)
         end = e.least((first + count) * lanes, of["channels"])
         w, numbers = e.at(of["w"], begin * taps, shape.stored), (end - begin) * taps
@@ -322,7 +322,7 @@ class _Channels:
                     start = plane + by_row * of["x_row"] * SCALARS[shape.stored]
                     e.put(e.select(real, start, nowhere), self.starts, slot)
                     e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
-                at = (kd * by_kd + chunk * (shape.inner * by_kh)) * shape.lanes
+                at = (kd * by_kd + chunk * (shape.inner * by_kh) + shape.weight.first) * shape.lanes
                 e.put(at, self.weights, kept * shape.chunks + chunk)
                 return []
 
@@ -350,7 +350,7 @@ class _Channels:
         width, taps = shape.kernel[2], shape.taps
         channel = self.channel(group.first + block)
         bias = e.load(of["bias"], channel, self.mask, shape.stored) if shape.has_bias else e.zero
-        packed = e.at(group.packed, block * (shape.all_taps * shape.lanes))
+        packed = e.at(group.packed, block * (shape.weight.all_taps * shape.lanes))
         place = first * shape.stride[1]  # in the padded row, where the first tap begins
         size = SCALARS[shape.stored]
         lines = (of["x_pixel"] * (pixels * shape.stride[1] * size) // LINE + group.count) // group.count
@@ -374,7 +374,7 @@ class _Channels:
                 e.loop(e.scalar(self.asked, step + 1, "i64") - begin, [], ask)
 
             def some(chunk: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
-                w = e.at(weights, chunk * (taps * shape.lanes))
+                w = e.at(weights, chunk * (taps * shape.weight.steps[2] * shape.lanes))
                 left = place + chunk * (taps * shape.dilation[1])
                 return self.taps(group, channel, acc, step, w, left, pixels, count, inside)
 
@@ -412,7 +412,10 @@ class _Channels:
 
         def load_weights(rows: Iterable[int]) -> dict[tuple[int, int], Value]:
             across = [(i, k) for i in sorted(set(rows)) for k in range(count)]
-            return {(i, k): e.load(weights, (i * shape.tap_steps[1] + k) * shape.lanes) for i, k in across}
+            return {
+                (i, k): e.load(weights, (i * shape.tap_steps[1] + k * shape.weight.steps[2]) * shape.lanes)
+                for i, k in across
+            }
 
         held = load_weights(range(shape.inner)) if shape.holds else None
 

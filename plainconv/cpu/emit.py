@@ -469,6 +469,19 @@ class Emit:
             result = self._shuffle(result, parts[part], chosen)
         return result
 
+    def spread(self, value: Value, step: int, part: int, mask: Value | None) -> tuple[Value, Value]:
+        """The lanes of a vector, `step` places apart in as many vectors: which is in this one, and a mask of them.
+
+        mask: of the lanes that are wanted, None for all.
+        """
+        places = [divmod(part * self.lanes + lane, step) for lane in range(self.lanes)]
+        bits = ", ".join(f"i1 {str(not rest).lower()}" for _, rest in places)
+        real = Value(self, f"<{bits}>", f"<{self.lanes} x i1>")
+        lanes = [lane for lane, _ in places]
+        if mask is not None:
+            real = self._two("and", self._shuffle(mask, mask, lanes), real)
+        return self._shuffle(value, value, lanes), real
+
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
         """The columns of a square of vectors: in each round, halves of rows that are `step` apart change places."""
         rows, step = list(rows), 1

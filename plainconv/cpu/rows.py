@@ -41,6 +41,7 @@ from typing import NamedTuple
 
 from plainconv.cpu.emit import HALVES, SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
+from plainconv.cpu.weight import Weight
 
 PICKED_STRIDE = 4  # up to this stride, lanes are picked out of whole vectors; beyond, they are gathered
 UNROLLED = 200  # products in a row, at most, where taps along the width are unrolled
@@ -54,6 +55,9 @@ SIZES = (
     "x_depth",
     "x_row",
     "x_pixel",  # elements
+    "y_channel",  # elements, of the residual too
+    "y_depth",
+    "y_row",
     "groups",
     "group_in",
     "group_out",
@@ -74,7 +78,8 @@ SIZES = (
 class Shape:
     """All that the text of a kernel depends on.
 
-    element is the type of the sums, stored that of memory, native what `Emit` may leave to the processor.  kernel, and
+    element is the type of the sums, stored that of memory, native what `Emit` may leave to the processor.  weight:
+    where its taps are; apart: from one place of a row of the result to the next, in elements.  kernel, and
     stride and dilation of rows and width; `thick`: whether there are taps or a border along the depth; `sides`: whether
     the width has a "mask" border or reads a "table"; `spread`: whether the pixels of an input row lie apart; `wide`:
     whether rows are so long that what lies AHEAD is asked for.  The tile: outputs (`one_tile`: there are no more), rest
@@ -86,6 +91,8 @@ class Shape:
     stored: str
     native: frozenset[str]
     lanes: int
+    weight: Weight
+    apart: int
     kernel: tuple[int, int, int]
     thick: bool
     stride: tuple[int, int]
@@ -196,6 +203,16 @@ class _Rows:
         self.moves = e.opaque(e.stack("i64", count)) if shape.thick or not shape.one_channel else None
         self.pixels = e.opaque(e.stack("i64", count)) if shape.spread else None
 
+    @property
+    def weight_steps(self) -> tuple[Value, Value]:
+        """From an output channel to the next in the weight, and from an input channel to the next."""
+        of, weight = self.given, self.shape.weight
+        inner, outer = (
+            self.e.number(weight.all_taps),
+            of["group_out" if weight.turned else "group_in"] * weight.all_taps,
+        )
+        return (inner, outer) if weight.turned else (outer, inner)
+
     def kernel(self) -> str:
         e, of = self.e, self.given
         blocks, depth, groups = of["blocks"], of["out_depth"], of["groups"]
@@ -243,34 +260,30 @@ class _Rows:
 
     def columns(self, image: Value, group: Value, d: Value, row: Value) -> None:
         e, of, shape = self.e, self.given, self.shape
-        out_channel = of["out_depth"] * of["out_rows"] * of["out_width"]
-        begin = (image * of["groups"] + group) * of["group_out"] * out_channel
-        begin = begin + (d * of["out_rows"] + row) * of["out_width"]
+        out_channel = of["y_channel"]
+        begin = (image * of["groups"] + group) * of["group_out"] * out_channel + d * of["y_depth"] + row * of["y_row"]
 
         def tile(vector: Value, edge: Value | None) -> None:
             """All output channels of one column of vectors; edge: its masks, if it lies at an edge."""
 
             def outputs(first: Value, count: int) -> None:
-                channel = group * of["group_out"] + first
                 column = vector * shape.lanes
                 vectors = 1 if edge else shape.vectors
                 if shape.wide and edge is None:
-                    self.ask_for_output(begin + first * out_channel + column, count, out_channel)
-                acc = self.sums(channel, count, d, column, vectors, edge)
+                    self.ask_for_output(begin + first * out_channel + column * shape.apart, count, out_channel)
+                acc = self.sums(group, first, count, d, column, vectors, edge)
                 mask = e.load_mask(edge, 0) if edge else None
                 if shape.order != sorted(shape.order) and not (edge and shape.sides == "table"):
                     back = [shape.order.index(lane) for lane in range(shape.lanes)]
                     acc = [e.pick(vector, vector, back) for vector in acc]
                 for o in range(count):
-                    at = begin + (first + o) * out_channel + column
+                    at = begin + (first + o) * out_channel + column * shape.apart
                     out = e.opaque(e.at(of["y"], at, shape.stored))
                     other = e.opaque(e.at(of["residual"], at, shape.stored)) if shape.has_residual else None
                     for r in range(shape.rows):
                         for v in range(vectors):
-                            at = of["out_width"] * r + v * shape.lanes
-                            added = e.load(other, at, mask, shape.stored) if other else None
-                            total = acc[(o * shape.rows + r) * vectors + v]
-                            e.store(finish(e, total, added, shape.activation), out, at, mask, shape.stored)
+                            at = of["y_row"] * r + v * shape.lanes * shape.apart
+                            self.put(acc[(o * shape.rows + r) * vectors + v], out, other, at, mask)
 
             def whole(i: Value, _: list[Value]) -> Sequence[Value]:
                 outputs(i * shape.outputs, shape.outputs)
@@ -293,22 +306,41 @@ class _Rows:
         e.loop(of["inside"], [], inside)
         e.loop(of["single"], [], edge)
 
+    def put(self, total: Value, out: Value, other: Value | None, at: Value, mask: Value | None) -> None:
+        """Finish and write a vector of the result, and nothing between places that lie apart."""
+        e, shape = self.e, self.shape
+        if shape.apart == 1:
+            added = e.load(other, at, mask, shape.stored) if other else None
+            e.store(finish(e, total, added, shape.activation), out, at, mask, shape.stored)
+            return
+        added = None
+        if other:
+            held = "i16" if shape.stored in HALVES else shape.stored
+            added = e.widen(e.gather(other, e.places(at, shape.apart), mask, held), shape.stored)
+        total = finish(e, total, added, shape.activation)
+        for part in range(shape.apart):
+            spread, real = e.spread(total, shape.apart, part, mask)
+            e.store(spread, out, at + part * shape.lanes, real, shape.stored)
+
     def sums(
-        self, channel: Value, outputs: int, d: Value, column: Value, vectors: int, edge: Value | None
+        self, group: Value, first: Value, outputs: int, d: Value, column: Value, vectors: int, edge: Value | None
     ) -> list[Value]:
         """The accumulators [outputs, rows, vectors] of one tile."""
         e, of, shape = self.e, self.given, self.shape
         depth, high, width = shape.kernel
         if shape.has_bias:
+            channel = group * of["group_out"] + first
             biases = [e.broadcast(e.scalar(of["bias"], channel + o, shape.stored)) for o in range(outputs)]
         else:
             biases = [e.zero] * outputs
         acc = [biases[o] for o in range(outputs) for _ in range(shape.rows * vectors)]
-        w = e.at(of["w"], channel * of["group_in"] * (depth * high * width), shape.stored)
+        w_output, w_channel = self.weight_steps
+        w = group * of["group_in"] * of["group_out"] * shape.weight.all_taps + first * w_output + shape.weight.first
+        w_first, (w_depth, w_row, w_col) = e.at(of["w"], w, shape.stored), shape.weight.steps
         left = column * shape.stride[1]  # the place in the padded row where the first tap begins
 
         def each_channel(c: Value, acc: list[Value]) -> Sequence[Value]:
-            w_channel = e.at(w, c * (depth * high * width), shape.stored)
+            w = e.at(w_first, c * w_channel, shape.stored)
 
             def chunk(kd: Value, moved: Value, number: Value | int, inner: int, acc: list[Value]) -> list[Value]:
                 rows = {}
@@ -323,7 +355,7 @@ class _Rows:
                         rows[place] = _Row(start, pixel)
                 if shape.wide and edge is None and not shape.gathers:
                     self.ask_for_input(rows, left, inner, vectors)
-                w_chunk = e.at(w_channel, (kd * high + e.number(number) * shape.inner) * width, shape.stored)
+                w_chunk = e.at(w, kd * w_depth + e.number(number) * (shape.inner * w_row), shape.stored)
                 tile = _Tile(outputs, vectors, inner, rows, edge)
                 if shape.unrolled:
                     for taps in shape.groups:
@@ -331,8 +363,8 @@ class _Rows:
                     return acc
 
                 def each_tap(kx: Value, acc: list[Value]) -> Sequence[Value]:
-                    w = e.at(w_chunk, kx, shape.stored)
-                    return self.group(acc, tile, w, left, kx * shape.dilation[1], [0])
+                    w_tap = e.at(w_chunk, kx * w_col, shape.stored)
+                    return self.group(acc, tile, w_tap, left, kx * shape.dilation[1], [0])
 
                 return e.loop(width, acc, each_tap)
 
@@ -353,11 +385,10 @@ class _Rows:
 
             def nothing(i: Value, acc: list[Value]) -> Sequence[Value]:
                 """A plane of the border: each weight times zero, which is NaN if it is not finite, and else nothing."""
-                taps = e.at(w_channel, e.select(i < first, i, i + count) * (high * width), shape.stored)
-                products = shape.kernel[0] * high * width
+                taps = e.at(w, e.select(i < first, i, i + count) * w_depth, shape.stored)
 
                 def each_tap(k: Value, total: list[Value]) -> Sequence[Value]:
-                    at = [of["group_in"] * (products * o) + k for o in range(outputs)]
+                    at = [w_output * o + k for o in range(outputs)]
                     weights = [e.broadcast(e.scalar(taps, o, shape.stored)) for o in at]
                     return [e.fma(weight, e.zero, old) for weight, old in zip(weights, total, strict=True)]
 
@@ -365,7 +396,9 @@ class _Rows:
                 each = shape.rows * vectors
                 return [e.add(old, total[i // each]) for i, old in enumerate(acc)]
 
-            return e.loop(depth - count, e.loop(count, acc, each_plane), nothing)
+            acc = e.loop(count, acc, each_plane)
+            # The border of a gradient is not there, not even as zeros.
+            return acc if shape.weight.turned else e.loop(depth - count, acc, nothing)
 
         return e.loop(1 if shape.one_channel else of["group_in"], acc, each_channel)
 
@@ -392,12 +425,10 @@ class _Rows:
         self, acc: list[Value], tile: _Tile, w: Value, left: Value, begin: Value | int, taps: list[int]
     ) -> list[Value]:
         """Add what these taps along the width give; the first of all begins `begin` places behind `left`."""
-        e, of, shape = self.e, self.given, self.shape
-        acc, products = list(acc), shape.kernel[0] * shape.kernel[1] * shape.kernel[2]
+        e, shape = self.e, self.shape
+        acc, w_output, (_, w_row, w_col) = list(acc), self.weight_steps[0], shape.weight.steps
         weights = {
-            (o, k, kx): e.broadcast(
-                e.scalar(w, of["group_in"] * (products * o) + (k * shape.kernel[2] + kx), shape.stored)
-            )
+            (o, k, kx): e.broadcast(e.scalar(w, w_output * o + (k * w_row + kx * w_col), shape.stored))
             for k in range(tile.inner)
             for o in range(tile.outputs)
             for kx in taps

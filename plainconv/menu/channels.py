@@ -6,6 +6,7 @@ Nothing is padded and no input is copied; the weight, packed by each thread for 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,8 +18,9 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.lanes import Side, _shown, folded, too_far
-from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.menu.lanes import Side, _shown, folded, gradients, too_far
+from plainconv.menu.parts import Part, parts
+from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
@@ -48,8 +50,8 @@ THREADS_S = 4e-6
 def why_not(request: Request) -> str | None:
     """The sentence for what the kernel does not do."""
     problem = request.problem
-    if request.direction is not Direction.FORWARD:
-        return f"its kernels make the output; {request.direction.value} is not written yet"
+    if sentence := gradients(request):
+        return sentence
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:
@@ -68,14 +70,15 @@ Sides = tuple[Side, Side, Side]
 
 
 @lru_cache(4096)
-def shape_of(request: Request, target: cpu.Target, regular: bool = True) -> channels.Shape:
-    """The kernel that serves a request; regular: whether nothing lies between the pixels of the input.
+def shape_of(part: Part, target: cpu.Target, regular: bool = True) -> channels.Shape:
+    """The kernel that serves a part of a request; regular: whether nothing lies between the pixels of the input.
 
     Outputs that are neighbours along the rows share what they load; where rows have a stride, or are odd in number,
     those along the depth may share more.
     """
-    both = [_shape(request, target, regular, turned) for turned in (False, True)]
-    return min(both, key=lambda shape: _cycles(request, shape, sides_of(request.problem, regular, shape.turned)))
+    both = [_shape(part, target, regular, turned) for turned in (False, True)]
+    problem = part.request.problem
+    return min(both, key=lambda shape: _cycles(part.request, shape, sides_of(problem, regular, shape.turned)))
 
 
 def sides_of(problem: ConvProblem, regular: bool, turned: bool) -> Sides:
@@ -84,8 +87,8 @@ def sides_of(problem: ConvProblem, regular: bool, turned: bool) -> Sides:
     return (high, depth, width) if turned else (depth, high, width)
 
 
-def _shape(request: Request, target: cpu.Target, regular: bool, turned: bool) -> channels.Shape:
-    problem = request.problem
+def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> channels.Shape:
+    request, problem = part.request, part.request.problem
     depth, high, width = sides_of(problem, regular, turned)
     stored = STORED[request.dtype]
     element = "double" if stored == "double" else "float"
@@ -106,6 +109,7 @@ def _shape(request: Request, target: cpu.Target, regular: bool, turned: bool) ->
         kernel=(depth.kernel, high.kernel, width.kernel),
         stride=(high.stride, width.stride),
         dilation=(high.dilation, width.dilation),
+        weight=part.weight,
         turned=turned,
         mask=problem.in_channels < lanes,
         rows=rows,
@@ -166,14 +170,14 @@ def _blocks(problem: ConvProblem, shape: channels.Shape) -> int:
 def _packed_bytes(request: Request, shape: channels.Shape) -> int:
     """Of the packed weight, in the type of the sums: each thread packs what it needs."""
     size = 8 if shape.element == "double" else 4
-    return max(request.threads, 1) * _blocks(request.problem, shape) * shape.lanes * shape.all_taps * size
+    return max(request.threads, 1) * _blocks(request.problem, shape) * shape.lanes * shape.weight.all_taps * size
 
 
 @lru_cache(1024)
-def prepare(request: Request, regular: bool) -> Prepared:
-    """The kernel and the tables of a request; a call only adds the addresses of its tensors and their strides."""
-    problem, target = request.problem, cpu.Target.host()
-    shape = shape_of(request, target, regular)
+def prepare(part: Part, regular: bool) -> Prepared:
+    """The kernel and the tables of a part; a call only adds the addresses of its tensors and their strides."""
+    request, problem, target = part.request, part.request.problem, cpu.Target.host()
+    shape = shape_of(part, target, regular)
     sides = depth, high, width = sides_of(problem, regular, shape.turned)
     head, inside, tiles, ends = _cut(width, shape)
     strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), -(-(tiles + ends) // SPAN)
@@ -214,32 +218,53 @@ def _ahead(request: Request, shape: channels.Shape, sides: Sides, strides: tuple
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, activation and residual included; an input whose channels lie apart is copied."""
-    problem, x, threads = request.problem, tensors.first, request.threads
-    apart = x.shape[1] > 1 and x.stride(1) != 1
-    regular = apart or x.movedim(1, -1).is_contiguous()
-    ready, c = prepare(request, regular), problem.in_channels
-    _, high, width = folded(problem, regular)
-    strides = _strides(x)
-    if regular:
-        strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
-    made = (math.prod(problem.output_shape[1:]), high.out * width.out * c, width.out * c, c)
-    if ready.shape.turned:
-        strides, made = ((image, row, plane, pixel) for image, plane, row, pixel in (strides, made))
-    ahead = _ahead(request, ready.shape, sides_of(problem, regular, ready.shape.turned), strides)
-    behind = (*(table.data_ptr() for table in ready.tables), *strides, *made, *ready.sizes, *ahead)
-    kernel, tasks = ready.kernel, ready.tasks
+    x, threads, size = tensors.first, request.threads, request.dtype.itemsize
+    copies = x.shape[1] > 1 and x.stride(1) != 1
+    lies = copies or x.movedim(1, -1).is_contiguous()
+    made = request.problem.shape_of(request.direction.makes)
+    bound = [_bind(part, None if lies else x, made) for part in _parts(request)]
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
-        if apart:
+        if copies:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         w, bias = w.contiguous(), None if bias is None else bias.contiguous()
-        ends = (0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr())
-        pointers = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), *ends, out.data_ptr())
-        launch(kernel, (*pointers, *behind), tasks, threads)
+        given = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), 0 if bias is None else bias.data_ptr())
+        added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
+        for ready, first, behind in bound:
+            launch(ready.kernel, (*given, added + first * size, made + first * size, *behind), ready.tasks, threads)
 
-    call.keeps = ready  # type: ignore[attr-defined]  # the tables that `behind` points to
+    call.keeps = bound  # type: ignore[attr-defined]  # the tables that `behind` points to
     return call
+
+
+def _parts(request: Request) -> tuple[Part, ...]:
+    return parts(request) or ()
+
+
+def _bind(part: Part, x: Tensor | None, made: Sequence[int]) -> tuple[Prepared, int, tuple[int, ...]]:
+    """A kernel, its first element of a result of the shape `made`, and its arguments behind the tensors.
+
+    x: the input, if it does not lie as channels_last does.
+    """
+    problem, front, c = part.request.problem, (0,) * (3 - len(part.step)), made[1]
+    regular = x is None and not part.apart
+    ready = prepare(part, regular)
+    _, high, width = folded(problem, regular)
+    strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
+    if x is not None:
+        strides = _strides(x)
+    first, result = 0, (math.prod(made[1:]), high.out * width.out * c, width.out * c, c)
+    if part.apart:
+        rows, cols = ((1,) * (3 - len(made[2:])) + tuple(made[2:]))[1:]
+        steps = (rows * cols * c, cols * c, c)
+        first = sum(start * step for start, step in zip((*front, *part.start), steps, strict=True))
+        each = (1,) * len(front) + part.step
+        result = (result[0], each[0] * steps[0], each[1] * steps[1], each[2] * steps[2])
+    if ready.shape.turned:
+        strides, result = ((image, row, plane, pixel) for image, plane, row, pixel in (strides, result))
+    ahead = _ahead(part.request, ready.shape, sides_of(problem, regular, ready.shape.turned), strides)
+    return ready, first, (*(table.data_ptr() for table in ready.tables), *strides, *result, *ready.sizes, *ahead)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -274,16 +299,22 @@ def _cycles(request: Request, shape: channels.Shape, sides: Sides) -> float:
 
 def cost(request: Request) -> Cost:
     """Work of the tiles as they are, and memory; the longer hides most of the other."""
-    problem, target = request.problem, cpu.Target.host()
-    shape = shape_of(request, target)
-    depth, high, width = sides = sides_of(problem, True, shape.turned)
-    threads = max(request.threads, 1)
-    work = _cycles(request, shape, sides) / CYCLES_PER_SECOND / threads + problem.in_channels * shape.all_taps * PACK_S
+    problem, target, threads = request.problem, cpu.Target.host(), max(request.threads, 1)
+    work, products, workspace = 0.0, 0, 0
+    each = _parts(request)
+    for part in each:
+        shape = shape_of(part, target, not part.apart)
+        depth, high, width = sides = sides_of(part.request.problem, not part.apart, shape.turned)
+        work += _cycles(part.request, shape, sides) / CYCLES_PER_SECOND / threads
+        work += problem.in_channels * shape.weight.all_taps * PACK_S
+        _, _, tiles, ends = _cut(width, shape)
+        sums = problem.batch * depth.out * -(-high.out // shape.rows) * shape.rows
+        sums *= (tiles * shape.pixels + ends * shape.ends) * _blocks(problem, shape) * shape.lanes
+        products += sums * part.request.problem.taps
+        workspace = max(workspace, _packed_bytes(request, shape))
     size = request.dtype.itemsize
     elements = sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory = size * elements / (BYTES_PER_SECOND if size * elements > CACHED else CACHED_PER_SECOND)
-    seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
-    _, _, tiles, ends = _cut(width, shape)
-    sums = problem.batch * depth.out * -(-high.out // shape.rows) * shape.rows
-    sums *= (tiles * shape.pixels + ends * shape.ends) * _blocks(problem, shape) * shape.lanes
-    return Cost(sums * problem.taps, size * elements, _packed_bytes(request, shape), seconds)
+    seconds = max(work, memory) + HIDDEN * min(work, memory)
+    seconds += len(each) * (LAUNCH_S + (THREADS_S if threads > 1 else 0.0))
+    return Cost(products, size * elements, workspace, seconds)

@@ -28,8 +28,12 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
 
 
 def _why_not(request: Request) -> str | None:
-    if request.problem.group_in != 1:
-        return f"it is for one input channel a group, and here are {request.problem.group_in}"
+    problem = request.problem
+    summed, word = problem.group_in, "input"
+    if request.direction is Direction.GRAD_INPUT:
+        summed, word = problem.group_out, "output"
+    if summed != 1:
+        return f"it is for one {word} channel a group, and here are {summed}"
     if request.channels_last and request.direction is not Direction.GRAD_WEIGHT:
         return channels.why_not(request)
     return lanes.why_not(request)

@@ -27,6 +27,7 @@ from plainconv.cpu import rows
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, workspace_bytes
+from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Pair, Request
 from plainconv.remember import on_forget, weigh
 
@@ -118,10 +119,21 @@ def too_far(problem: ConvProblem) -> str | None:
     return None
 
 
+def gradients(request: Request) -> str | None:
+    """The sentence for gradients for the input that are not made of parts."""
+    if request.direction is not Direction.GRAD_INPUT:
+        return None
+    if request.problem.padding_mode != "zeros":
+        return f"the gradient for the input is not written yet for padding_mode={request.problem.padding_mode!r}"
+    if too_far(request.problem) is None and parts(request) is None:
+        return "no output reaches some places of the gradient, and its kernels have nothing to sum there"
+    return None
+
+
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if request.direction is Direction.GRAD_INPUT:
-        return f"its kernels make the output and the weight's gradient; {request.direction.value} is not written yet"
+    if sentence := gradients(request):
+        return sentence
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:
@@ -253,8 +265,9 @@ class Cut(NamedTuple):
         return self.inside + self.single
 
 
-def shape_of(request: Request, target: cpu.Target, tile: Tile, layout: Layout = Layout.PLAIN) -> rows.Shape:
-    """The kernel that serves a request with this tile."""
+def shape_of(part: Part, target: cpu.Target, tile: Tile, layout: Layout = Layout.PLAIN) -> rows.Shape:
+    """The kernel that serves a part of a request with this tile."""
+    request = part.request
     problem = request.problem
     depth, high, width = folded(problem, layout is Layout.PLAIN)
     bordered = problem.padding_mode != "zeros" and max(width.padding) > 0
@@ -264,6 +277,8 @@ def shape_of(request: Request, target: cpu.Target, tile: Tile, layout: Layout = 
         stored=STORED[request.dtype],
         native=natives(target) & {"half"} if request.dtype is torch.float16 else frozenset(),
         lanes=lanes_of(request, target),
+        weight=part.weight,
+        apart=part.step[-1],
         kernel=(depth.kernel, high.kernel, width.kernel),
         thick=depth.kernel > 1 or depth.padding != (0, 0),
         stride=(high.stride, width.stride),
@@ -372,11 +387,11 @@ def _tables(request: Request, shape: rows.Shape, parts: Cut, sides: Sequence[Sid
 
 
 @lru_cache(1024)
-def prepare(request: Request, choose: Choose, layout: Layout) -> Prepared:
-    """The kernel and the tables of a request; a call only adds its tensors' addresses and strides."""
-    problem, target = request.problem, cpu.Target.host()
+def prepare(part: Part, choose: Choose, layout: Layout) -> Prepared:
+    """The kernel and the tables of a part; a call only adds its tensors' addresses and strides."""
+    request, problem, target = part.request, part.request.problem, cpu.Target.host()
     sides = depth, high, width = folded(problem, layout is Layout.PLAIN)
-    shape = shape_of(request, target, choose(request, target), layout)
+    shape = shape_of(part, target, choose(request, target), layout)
     parts = cut(problem, shape, layout)
     sizes = {
         "groups": problem.groups,
@@ -408,16 +423,8 @@ on_forget(prepare.cache_clear)
 def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
     """The call that fills a result, bias, residual and activation included; no input is copied, of any strides."""
     x, w, bias, _ = tensors
-    if x.is_contiguous():
-        layout, strides = Layout.PLAIN, _strides(request.problem)
-    else:
-        layout = Layout.ROWS if x.stride(-1) == 1 else Layout.SPREAD
-        image, channel, *inner = x.stride()
-        strides = (image, channel, *(0,) * (3 - len(inner)), *inner)
-    ready = prepare(request, choose, layout)
-    *outer, pixel = strides
-    kernel, tasks, threads = ready.kernel, ready.tasks, request.threads
-    behind = (*ready.addresses, *(stride * request.dtype.itemsize for stride in outer), pixel, *ready.sizes)
+    bound = [_bind(part, request.problem.shape_of(request.direction.makes)[2:], x, choose) for part in _parts(request)]
+    threads, size = request.threads, request.dtype.itemsize
     regular = w.is_contiguous() and (bias is None or bias.is_contiguous())
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -425,17 +432,41 @@ def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
         if not regular:
             w_room, bias_room = carve(workspace, _buffers(request))
             w, bias = w_room.copy_(w), None if bias is None else bias_room.copy_(bias)
-        pointers = (
-            x.data_ptr(),
-            w.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-        )
-        launch(kernel, (*pointers, *behind), tasks, threads)
+        given = (x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr())
+        added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
+        for ready, first, behind in bound:
+            pointers = (*given, added + first * size, made + first * size)
+            launch(ready.kernel, (*pointers, *behind), ready.tasks, threads)
 
-    call.keeps = ready  # type: ignore[attr-defined]  # the tables that `behind` points to
+    call.keeps = bound  # type: ignore[attr-defined]  # the tables that `behind` points to
     return call
+
+
+def _parts(request: Request) -> tuple[Part, ...]:
+    return parts(request) or ()
+
+
+def _bind(part: Part, made: Sequence[int], x: Tensor, choose: Choose) -> tuple[Prepared, int, tuple[int, ...]]:
+    """A kernel, its first element of a result that is `made` so large, and its arguments behind the tensors."""
+    problem = part.request.problem
+    if x.is_contiguous() and not part.apart:
+        layout, strides = Layout.PLAIN, _strides(problem)
+    else:
+        layout = Layout.ROWS if x.stride(-1) == 1 else Layout.SPREAD
+        image, channel, *inner = x.stride()
+        strides = (image, channel, *(0,) * (3 - len(inner)), *inner)
+    ready = prepare(part, choose, layout)
+    *outer, pixel = strides
+    front = 3 - len(made)
+    _, high, width = (1,) * front + tuple(made)
+    start, step = (0,) * front + part.start, (1,) * front + part.step
+    if layout is Layout.PLAIN:
+        _, high, width = (side.out for side in folded(problem))
+        start, step = (0, 0, 0), (1, 1, 1)
+    first = (start[0] * high + start[1]) * width + start[2]
+    steps = (math.prod(made), step[0] * high * width, step[1] * width)
+    sizes = (*(stride * part.request.dtype.itemsize for stride in outer), pixel, *steps, *ready.sizes)
+    return ready, first, (*ready.addresses, *sizes)
 
 
 def _strides(problem: ConvProblem) -> tuple[int, ...]:
@@ -447,7 +478,8 @@ def _strides(problem: ConvProblem) -> tuple[int, ...]:
 def _buffers(request: Request) -> tuple[Buffer, Buffer]:
     """Room for a weight and a bias that are not contiguous."""
     problem = request.problem
-    return Buffer(problem.weight_shape, request.dtype), Buffer((problem.out_channels,), request.dtype)
+    channels = problem.shape_of(request.direction.makes)[1]
+    return Buffer(problem.weight_shape, request.dtype), Buffer((channels,), request.dtype)
 
 
 # -- estimates -------------------------------------------------------------------------------------------------------
@@ -455,19 +487,27 @@ def _buffers(request: Request) -> tuple[Buffer, Buffer]:
 
 def cost(request: Request, choose: Choose) -> Cost:
     """Work of the tiles as they are, idle lanes and rows too, and memory that is not hidden behind it."""
-    problem, target = request.problem, cpu.Target.host()
+    problem = request.problem
+    each = [_part_cost(part, choose) for part in _parts(request)]
+    threads = max(request.threads, 1)
+    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    work, memory = sum(seconds for _, seconds in each), max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / threads
+    seconds = max(work, memory) + HIDDEN * min(work, memory)
+    seconds += len(each) * (LAUNCH_S + (THREADS_S if threads > 1 else 0.0))
+    return Cost(sum(multiplies for multiplies, _ in each), moved, workspace_bytes(_buffers(request)), seconds)
+
+
+def _part_cost(part: Part, choose: Choose) -> tuple[int, float]:
+    """Multiplies, idle lanes too, and seconds of one thread's share."""
+    request, problem, target = part.request, part.request.problem, cpu.Target.host()
     tile = choose(request, target)
-    depth, high, width = folded(problem)
+    depth, high, width = folded(problem, not part.apart)
     lanes, blocks = lanes_of(request, target), -(-high.out // tile.rows)
     _, inside, single = _columns(width, lanes, tile.vectors)
     planes = problem.batch * problem.groups * depth.out
     tasks = planes * blocks
     threads = min(max(request.threads, 1), max(tasks, 1))
-    shares = -(-tasks // threads) * threads / max(tasks, 1)  # the largest share, times their number
-    work = planes * _cycles(request, target, tile) * shares / threads / CYCLES_PER_SECOND
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    memory = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / threads
-    seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCH_S + (THREADS_S if threads > 1 else 0.0)
+    share = -(-tasks // threads) / max(tasks, 1)  # the largest
+    work = planes * _cycles(request, target, tile) * share / CYCLES_PER_SECOND
     sums = tasks * (inside * tile.vectors + single) * tile.rows * problem.group_out * lanes
-    multiplies = sums * problem.group_in * problem.taps
-    return Cost(multiplies, moved, workspace_bytes(_buffers(request)), seconds)
+    return sums * problem.group_in * problem.taps, work

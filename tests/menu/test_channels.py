@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from checks import CASES, check, compare, given, integers, reals, request, result_of
+from checks import CASES, check, compare, exact, given, integers, reals, request, result_of
 from guarded import guarded
 
 from plainconv.cpu import channels as kernels
 from plainconv.cpu import compile as cpu
 from plainconv.menu import channels
 from plainconv.menu.depthwise import ALGORITHM
+from plainconv.menu.parts import parts
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
 BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
@@ -48,8 +49,25 @@ WAYS = {
 ALL = WAYS | {name: text for name, text in CASES.items() if name == "depthwise"}
 
 
-def asked_for(text, dtype=torch.float32, **more):
-    asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, channels_last=True, **more)
+# The stride turned round: phases with more and fewer taps, of depth, rows and width.
+TURNED = {
+    "taps of 3 by 2": "n2 c37 o37 x17x31 k3x3 s2 p1 g37",
+    "taps of 5 by 2": "n1 c20 o20 x18x75 k5x5 s2 p2 g20",
+    "few channels, cropped": "n1 c3 o3 x19x40 k3x4 s1x2 p-2:1x-3:-4 g3",
+    "dilation shares a factor": "n1 c20 o20 x40x41 k4x4 s2x3 d2x2 p3 g20",
+    "kernel over its group of taps": "n1 c18 o18 x9x90 k4x39 s2x1 p1x15 g18",
+    "3-D": "n1 c18 o18 x5x7x20 k3x3x3 s2 p1 g18",
+    "3-D, depth alone": "n1 c18 o18 x7x6x9 k3x3x3 s2x1x1 p1 g18",
+}
+NO_STRIDE = {
+    name: text
+    for name, text in ALL.items()
+    if set(ConvProblem.parse(text).stride) == {1} and ConvProblem.parse(text).padding_mode == "zeros"
+}
+
+
+def asked_for(text, dtype=torch.float32, direction=Direction.FORWARD, **more):
+    asked = request(ConvProblem.parse(text), direction, dtype, channels_last=True, **more)
     assert channels.why_not(asked) is None
     return asked
 
@@ -123,6 +141,43 @@ def test_what_comes_behind_is_done_in_the_store(dtype, activation):
 def test_nothing_outside_is_touched(bits, dtype, at_end, text, as_if, monkeypatch):
     """Every tensor, every table and the workspace right before or right behind memory that faults."""
     as_if(bits)
+    between_guards(asked_for(text, dtype, has_bias=True, has_residual=True), at_end, monkeypatch)
+
+
+@pytest.mark.parametrize("text", (NO_STRIDE | TURNED).values(), ids=NO_STRIDE | TURNED)
+def test_the_gradient_for_the_input(text, as_if):
+    as_if(BITS[0])
+    asked = asked_for(text, torch.float32, Direction.GRAD_INPUT, has_bias=True, has_residual=True, threads=3)
+    for layout in (last, channels_first, apart):
+        check(ALGORITHM, asked, integers, layout)
+
+
+@every_width
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+def test_the_gradient_in_every_type(bits, dtype, as_if):
+    as_if(bits)
+    asked = asked_for(TURNED["taps of 3 by 2"], dtype, Direction.GRAD_INPUT, has_bias=True)
+    check(ALGORITHM, asked, integers, last)
+    check(ALGORITHM, asked, reals, last)
+
+
+def test_the_border_of_a_gradient_is_not_even_zeros():
+    """An infinite weight meets no zero there, so it makes no NaN."""
+    asked = asked_for("n1 c2 o2 x4x4 k3x3 p1 g2", direction=Direction.GRAD_INPUT)
+    first, second, *_ = given(asked, lambda shape, dtype, seed: integers(shape, dtype, seed).abs() + 1)
+    second[0, 0, 0, 0] = torch.inf
+    assert torch.equal(result_of(ALGORITHM, asked, last(first), second), exact(asked, first, second).float())
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
+def test_nothing_outside_is_touched_by_the_gradient(text, at_end, as_if, monkeypatch):
+    as_if(BITS[0])
+    asked = asked_for(text, direction=Direction.GRAD_INPUT, has_bias=True, has_residual=True)
+    between_guards(asked, at_end, monkeypatch)
+
+
+def between_guards(asked, at_end, monkeypatch):
     tables = channels._tables
     monkeypatch.setattr(
         channels, "_tables", lambda *how: tuple(guarded(table, at_end=at_end) for table in tables(*how))
@@ -131,7 +186,6 @@ def test_nothing_outside_is_touched(bits, dtype, at_end, text, as_if, monkeypatc
     def enclosed(tensor):
         return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
 
-    asked = asked_for(text, dtype, has_bias=True, has_residual=True)
     tensors = given(asked, reals)
     tensors = tensors._replace(
         first=enclosed(tensors.first),
@@ -139,7 +193,7 @@ def test_nothing_outside_is_touched(bits, dtype, at_end, text, as_if, monkeypatc
         bias=guarded(tensors.bias, at_end=at_end),
         residual=enclosed(tensors.residual),
     )
-    out = enclosed(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype))
+    out = enclosed(torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=asked.dtype))
     workspace = guarded(torch.full((channels.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
     channels.run(asked, tensors, out, workspace)
     compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
@@ -150,7 +204,7 @@ def test_a_new_size_compiles_nothing(text):
     """Batch, height, width and the width of the border are arguments; only very narrow pictures have their own."""
     texts = set()
     for n, h, w in [(1, 20, 50), (2, 21, 400), (3, 77, 101), (4, 100, 64)]:
-        shape = channels.shape_of(asked_for(text.format(n=n, h=h, w=w)), cpu.Target.host())
+        shape = channels.shape_of(parts(asked_for(text.format(n=n, h=h, w=w)))[0], cpu.Target.host())
         texts.add(kernels.text(shape))
     assert len(texts) == 1
 
@@ -168,7 +222,7 @@ def test_a_new_size_compiles_nothing(text):
 )
 def test_the_sums_stay_in_registers(text, bits):
     target = cpu.Target.host(bits)
-    shape = channels.shape_of(asked_for(text), target)
+    shape = channels.shape_of(parts(asked_for(text))[0], target)
     code = cpu.assembly(kernels.text(shape), target)
     products = [len(meets) * shape.pixels * shape.taps for meets in shape.meets.values()]  # of each input row
     blocks = re.split(r"\n(?=\.LBB)", code)
@@ -197,7 +251,7 @@ def test_padding_is_a_zero_that_is_multiplied(padding):
 def test_what_is_refused_is_said():
     small = ConvProblem.parse("n1 c2 o2 x8x8 k3x3 g2")
     for problem, direction, more, words in [
-        (small, Direction.GRAD_INPUT, {}, "not written yet"),
+        (small, Direction.GRAD_WEIGHT, {}, "not written yet"),
         (small, Direction.FORWARD, {"device": "cuda"}, "another device"),
         (ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2"), Direction.FORWARD, {}, "one output channel a group"),
     ]:

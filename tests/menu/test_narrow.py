@@ -13,6 +13,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.menu import depthwise, lanes, narrow
 from plainconv.menu.base import Tensors
+from plainconv.menu.parts import parts
 from plainconv.problem import ConvProblem, Direction
 
 BITS = [b for b in (512, 256, 128) if cpu.why_not() is None and b <= cpu.Target.host().bits] or [128]
@@ -51,8 +52,8 @@ WAYS = {
 ALL = CASES | WAYS
 
 
-def asked_for(module, text, dtype=torch.float32, **more):
-    asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, **more)
+def asked_for(module, text, dtype=torch.float32, direction=Direction.FORWARD, **more):
+    asked = request(ConvProblem.parse(text), direction, dtype, **more)
     if refuses(module.ALGORITHM, asked):
         pytest.skip("refused")
     return asked
@@ -92,18 +93,66 @@ GUARDED += [
 def test_nothing_outside_is_touched(module, bits, text, dtype, as_if, monkeypatch):
     """Every tensor, and every table, right before and right behind memory that faults."""
     as_if(bits)
-    asked = asked_for(module, text, dtype, has_bias=True, has_residual=True)
+    between_guards(module, asked_for(module, text, dtype, has_bias=True, has_residual=True), monkeypatch)
+
+
+# The stride turned round: phases with more and fewer taps, long rows whose places lie apart, edges of all kinds.
+TURNED = {
+    "taps of 3 by 2": "n2 c6 o6 x17x135 k3x3 s2 p1 g6",
+    "taps of 5 by 2": "n1 c2 o2 x18x75 k5x5 s2 p2 g2",
+    "channels change places": "n1 c5 o3 x18x70 k3x4 s1x2 p1",
+    "dilation shares a factor": "n1 c2 o3 x40x91 k4x4 s2x3 d2x2 p3",
+    "3-D": "n1 c3 o3 x5x7x40 k3x3x3 s2 p1 g3",
+    "3-D, depth alone": "n1 c3 o3 x7x6x20 k3x3x3 s2x1x1 p1 g3",
+    "1-D, a long step": "n1 c4 o4 x700 k19 s9 p3 g4",
+    "cropped": "n1 c2 o2 x19x90 k3x3 s2 p-2:1x-3:-4 g2",
+}
+SMOOTH = {
+    name: text
+    for name, text in (WAYS | TURNED).items()
+    if name in TURNED or (ConvProblem.parse(text).padding_mode == "zeros" and "stride" not in name)
+}
+
+
+@both
+@pytest.mark.parametrize("text", SMOOTH.values(), ids=SMOOTH)
+def test_the_gradient_for_the_input(module, text, as_if):
+    as_if(BITS[0])
+    asked = asked_for(module, text, direction=Direction.GRAD_INPUT, has_bias=True, has_residual=True, threads=2)
+    check(module.ALGORITHM, asked, integers)
+    check(module.ALGORITHM, dataclasses.replace(asked, activation="relu"), integers, spread)
+
+
+@both
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_in_every_type(module, bits, dtype, as_if):
+    as_if(bits)
+    asked = asked_for(module, TURNED["taps of 3 by 2"], dtype, Direction.GRAD_INPUT, has_bias=True)
+    check(module.ALGORITHM, asked, integers)
+    check(module.ALGORITHM, asked, reals)
+
+
+@both
+@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
+def test_nothing_outside_is_touched_by_the_gradient(module, text, as_if, monkeypatch):
+    as_if(BITS[0])
+    asked = asked_for(module, text, direction=Direction.GRAD_INPUT, has_bias=True, has_residual=True)
+    between_guards(module, asked, monkeypatch)
+
+
+def between_guards(module, asked, monkeypatch):
     tables = lanes._tables
     for at_end in (True, False):
         held = []
 
-        def between_guards(*how, at_end=at_end, held=held):
+        def guarded_tables(*how, at_end=at_end, held=held):
             held += [guarded(table, at_end=at_end) for table in tables(*how)]
             return tuple(held)
 
-        monkeypatch.setattr(lanes, "_tables", between_guards)
+        monkeypatch.setattr(lanes, "_tables", guarded_tables)
         tensors = [guarded(tensor, at_end=at_end) for tensor in given(asked, reals)]
-        out = guarded(torch.full(asked.problem.output_shape, torch.nan, dtype=dtype), at_end=at_end)
+        out = guarded(torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=asked.dtype), at_end=at_end)
         module.ALGORITHM.run(asked, Tensors(*tensors), out, torch.empty(0, dtype=torch.uint8))
         assert held, "the tables were not guarded"
         compare(module.ALGORITHM, asked, out, *tensors, to_the_bit=False)
@@ -182,18 +231,27 @@ def test_a_weight_that_is_not_finite_meets_the_zeros_of_a_plane_that_is_left_out
 
 
 @both
-@pytest.mark.parametrize("text", ["n{n} c3 o3 x{h}x{w} k3x3 p1 g3", "n{n} c1 o3 x{w} k5 s2 p{n}"])
-def test_a_new_size_compiles_nothing(module, text):
+@pytest.mark.parametrize(
+    ("text", "direction", "count"),
+    [
+        ("n{n} c3 o3 x{h}x{w} k3x3 p1 g3", Direction.FORWARD, 1),
+        ("n{n} c1 o3 x{w} k5 s2 p{n}", Direction.FORWARD, 1),
+        ("n{n} c3 o3 x{h}x{w} k3x3 p1 g3", Direction.GRAD_INPUT, 1),
+        ("n{n} c3 o3 x{h}x{w} k3x3 s2 p1 g3", Direction.GRAD_INPUT, 4),
+    ],
+)
+def test_a_new_size_compiles_nothing(module, text, direction, count):
     """Batch, height, width and the width of the border are arguments; only small pictures have their own kernels."""
 
     def texts(sizes):
         target, found = cpu.Target.host(), set()
         for n, h, w in sizes:
-            asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), Direction.FORWARD, torch.float32)
-            found.add(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))))
+            asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), direction, torch.float32)
+            for part in parts(asked):
+                found.add(rows.text(lanes.shape_of(part, target, module._tile(part.request, target))))
         return found
 
-    assert len(texts([(1, 30, 1100), (2, 31, 2400), (3, 77, 5001), (4, 1000, 1664)])) == 1
+    assert len(texts([(1, 30, 1100), (2, 31, 2400), (3, 77, 5001), (4, 1000, 1664)])) == count
     small = texts([(1, h, w) for h in range(3, 40) for w in (5, 9, 17, 40)])
     assert len(small) <= 3 * (lanes.ROWS + len(lanes.HIGH))
     assert len(texts([(1, h, w) for h in (50, 77, 300) for w in range(40, 2000, 37)])) <= 8
@@ -215,7 +273,7 @@ NO_SPILLS = [
 def test_the_sums_stay_in_registers(module, text, bits):
     target = cpu.Target.host(bits)
     asked = asked_for(module, text)
-    code = cpu.assembly(rows.text(lanes.shape_of(asked, target, module._tile(asked, target))), target)
+    code = cpu.assembly(rows.text(lanes.shape_of(parts(asked)[0], target, module._tile(asked, target))), target)
     blocks = re.split(r"\n(?=\.LBB)", code)
     inside = max(blocks, key=lambda block: block.count("vfmadd"))  # the first of them: edges come later
     stack = "r[sb]p" if "movq\t%rsp, %rbp" in code else "rsp"
@@ -228,10 +286,15 @@ def test_the_sums_stay_in_registers(module, text, bits):
 def test_what_is_refused_is_said(module):
     small = ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2")
     for direction, dtype, more, words in [
-        (Direction.GRAD_INPUT, torch.float32, {}, "not written yet"),
+        (Direction.GRAD_WEIGHT, torch.float32, {}, "not written yet"),
         (Direction.FORWARD, torch.int32, {}, "int32"),
         (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
         (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
     ]:
         assert words in module.ALGORITHM.why_not(request(small, direction, dtype, **more))
+    for text, words in [("k3x3 p1 mreflect", "not written yet for padding_mode"), ("k2x2 s3", "no output reaches")]:
+        problem = ConvProblem.parse(f"n1 c2 o2 x8x8 g2 {text}")
+        assert words in module.ALGORITHM.why_not(request(problem, Direction.GRAD_INPUT, torch.float32))
+    wide = request(ConvProblem.parse("n1 c2 o4 x9 k3 g2"), Direction.GRAD_INPUT, torch.float32)
+    assert "one output channel a group" in BY_NAME["depthwise"].why_not(wide)
     assert BY_NAME["depthwise"].why_not(request(ConvProblem.parse("n1 c4 o2 x9 k3"), Direction.FORWARD, torch.float32))
