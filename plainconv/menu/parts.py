@@ -1,9 +1,10 @@
 """The gradient for the input as forward convolutions: one for each phase of the stride.
 
 Along one dimension, tap k of the kernel takes place y of the output to place  y * stride + k * dilation - lo  of the
-gradient.  The places  i = stride * t + phase  are reached by every (stride / gcd(stride, dilation))-th tap alone, and
-from them, in the opposite order, by a convolution with stride 1 whose dilation is  dilation / gcd(stride, dilation).
-With stride 1 there is one phase, and it has all taps.  Channels change places.
+gradient.  If stride and dilation have no common factor, the places  i = stride * t + phase  are reached by every
+stride-th tap alone, and what they are is a convolution with stride 1 and the same dilation, whose taps are these in the
+opposite order.  (If they have one, there are places that nothing reaches.)  With stride 1 there is one phase, and it
+has all taps.  Channels change places.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Part(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One phase along one dimension: its taps are first, first + step, ... of the weight."""
+    """One phase along one dimension: its taps are first, first + step, ... of the weight, first the last of them."""
 
     kernel: int
     padding: Pair
@@ -95,7 +96,6 @@ def _three(steps: list[int]) -> tuple[int, int, int]:
 def _phases(problem: ConvProblem, dim: int) -> list[_Side | None]:
     size, out, kernel = problem.spatial[dim], problem.out[dim], problem.kernel[dim]
     stride, dilation, (lo, _) = problem.stride[dim], problem.dilation[dim], problem.padding[dim]
-    common = math.gcd(stride, dilation)
     if min(stride, size) > kernel:
         return [None]  # fewer taps than phases
     phases: list[_Side | None] = []
@@ -105,9 +105,9 @@ def _phases(problem: ConvProblem, dim: int) -> list[_Side | None]:
             phases.append(None)
             continue
         before = -(start + lo - taps[-1] * dilation) // stride  # what the last tap reads first is so far outside
-        reach, made = (len(taps) - 1) * dilation // common, -(-(size - start) // stride)
+        reach, made = (len(taps) - 1) * dilation, -(-(size - start) // stride)
         after = made - out - before + reach
         inside = out + min(before, 0) + min(after, 0)
-        side = _Side(len(taps), (before, after), dilation // common, taps[-1], -stride // common, start)
+        side = _Side(len(taps), (before, after), dilation, taps[-1], -stride, start)
         phases.append(side if inside > 0 else None)
     return phases

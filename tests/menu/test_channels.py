@@ -54,7 +54,7 @@ TURNED = {
     "taps of 3 by 2": "n2 c37 o37 x17x31 k3x3 s2 p1 g37",
     "taps of 5 by 2": "n1 c20 o20 x18x75 k5x5 s2 p2 g20",
     "few channels, cropped": "n1 c3 o3 x19x40 k3x4 s1x2 p-2:1x-3:-4 g3",
-    "dilation shares a factor": "n1 c20 o20 x40x41 k4x4 s2x3 d2x2 p3 g20",
+    "dilation": "n1 c20 o20 x40x41 k4x4 s2x3 d3x2 p3 g20",
     "kernel over its group of taps": "n1 c18 o18 x9x90 k4x39 s2x1 p1x15 g18",
     "3-D": "n1 c18 o18 x5x7x20 k3x3x3 s2 p1 g18",
     "3-D, depth alone": "n1 c18 o18 x7x6x9 k3x3x3 s2x1x1 p1 g18",
