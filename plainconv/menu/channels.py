@@ -20,7 +20,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.menu.lanes import Side, _shown, folded, gradients, too_far
 from plainconv.menu.parts import Part, parts
-from plainconv.problem import ConvProblem, Request
+from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
@@ -56,8 +56,11 @@ def why_not(request: Request) -> str | None:
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:
         return f"its kernels compute in floating point, not {str(request.dtype).removeprefix('torch.')}"
-    if problem.group_out != 1:
-        return f"in channels_last it is for one output channel a group, and here are {problem.group_out}"
+    made, word = problem.group_out, "output"
+    if request.direction is Direction.GRAD_INPUT:
+        made, word = problem.group_in, "input"
+    if made != 1:
+        return f"in channels_last it is for one {word} channel a group, and here are {made}"
     if problem.dims > 3:
         return "its loops are for at most three dimensions"
     return too_far(problem) or cpu.why_not()

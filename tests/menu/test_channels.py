@@ -251,7 +251,7 @@ def test_padding_is_a_zero_that_is_multiplied(padding):
 def test_what_is_refused_is_said():
     small = ConvProblem.parse("n1 c2 o2 x8x8 k3x3 g2")
     for problem, direction, more, words in [
-        (small, Direction.GRAD_WEIGHT, {}, "not written yet"),
+        (ConvProblem.parse("n1 c4 o2 x8x8 k3x3 g2"), Direction.GRAD_INPUT, {}, "one input channel a group"),
         (small, Direction.FORWARD, {"device": "cuda"}, "another device"),
         (ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2"), Direction.FORWARD, {}, "one output channel a group"),
     ]:

@@ -255,7 +255,7 @@ def test_a_new_size_compiles_nothing(module, text, direction, count):
     assert len(texts([(1, 60, 1100), (2, 61, 2400), (3, 77, 5001), (4, 1000, 1664)])) == count
     small = texts([(1, h, w) for h in range(3, 40) for w in (5, 9, 17, 40)])
     assert len(small) <= 3 * count * (lanes.ROWS + len(lanes.HIGH))
-    assert len(texts([(1, h, w) for h in (50, 77, 300) for w in range(40, 2000, 37)])) <= 8
+    assert len(texts([(1, h, w) for h in (50, 77, 300) for w in range(40, 2000, 37)])) <= 8 * count
 
 
 NO_SPILLS = [
@@ -287,7 +287,6 @@ def test_the_sums_stay_in_registers(module, text, bits):
 def test_what_is_refused_is_said(module):
     small = ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2")
     for direction, dtype, more, words in [
-        (Direction.GRAD_WEIGHT, torch.float32, {}, "not written yet"),
         (Direction.FORWARD, torch.int32, {}, "int32"),
         (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
         (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
