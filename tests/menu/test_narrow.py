@@ -153,7 +153,9 @@ def between_guards(module, asked, monkeypatch):
 
         monkeypatch.setattr(lanes, "_tables", guarded_tables)
         tensors = [guarded(tensor, at_end=at_end) for tensor in given(asked, reals)]
-        out = guarded(torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=asked.dtype), at_end=at_end)
+        out = guarded(
+            torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=asked.dtype), at_end=at_end
+        )
         module.ALGORITHM.run(asked, Tensors(*tensors), out, torch.empty(0, dtype=torch.uint8))
         assert held, "the tables were not guarded"
         compare(module.ALGORITHM, asked, out, *tensors, to_the_bit=False)
