@@ -29,6 +29,7 @@ from functools import lru_cache
 from plainconv.cpu.emit import SCALARS, Emit, Value
 
 PICKED_STRIDE = 4  # up to this stride, lanes are picked out of whole vectors; beyond, they are gathered
+AHEAD = 8  # vectors between what a column of a long row reads and what is asked for meanwhile
 
 POINTERS = ("x", "y", "sums", "settled")  # what changes with every call
 TABLES = ("depth_table", "row_table", "width_table", "zeros")  # addresses, and then SIZES: in "settled"
@@ -77,6 +78,7 @@ class Shape:
     kernel, stride and dilation: those of rows and width
     table     whether the input is gathered through a table, each lane by itself
     spread    whether the places of a row of gy lie apart
+    long      whether what lies AHEAD along a row is asked for: of many rows at once, processors foresee little
     outputs x high x wide: the tile; rows: of gy, that share what is loaded of the input
     """
 
@@ -89,6 +91,7 @@ class Shape:
     dilation: tuple[int, int]
     table: bool
     spread: bool
+    long: bool
     outputs: int
     high: int
     wide: int
@@ -110,10 +113,31 @@ class Shape:
         return [tap * self.dilation[1] for tap in range(self.wide)]
 
     @property
-    def reach(self) -> int:
-        """Elements of an input row, from the first that a column reads to behind the last."""
-        step = self.stride[1]
-        return self.offsets[-1] // step * step + step * self.lanes
+    def dealt(self) -> bool:
+        """Whether a stride of 2 is taken apart inside each 128 bits of a vector: see `_Taps.dealt`."""
+        return self.stride[1] == 2 and not self.table and 16 // SCALARS[self.element] >= 2
+
+    @property
+    def halves(self) -> tuple[list[int], list[int]]:
+        """Every second lane of two vectors, from the first and from the second on, picked inside each 128 bits."""
+        size = 16 // SCALARS[self.element]
+        even, odd = (
+            [of * self.lanes + at + i for at in range(0, self.lanes, size) for of in (0, 1) for i in range(p, size, 2)]
+            for p in (0, 1)
+        )
+        return even, odd
+
+
+def reach(lanes: int, stride: int, last: int) -> int:
+    """Elements of an input row that a column reads at most, if its last tap is `last` behind its first."""
+    if stride == 2:
+        return 2 * lanes + (_power(last - 1) if last > 1 else 0)
+    return last // stride * stride + stride * lanes
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (count - 1).bit_length()
 
 
 @lru_cache(256)
@@ -237,6 +261,10 @@ class _Taps:
                         for r in range(count)
                         for o in range(shape.outputs)
                     }
+                    if shape.long and not edge:
+                        for r in range(count):
+                            for o in range(shape.outputs):
+                                self.ask_for(given, of["y_channel"] * o + (row + r) * of["y_row"], number, 1)
                     result = list(acc)
                     meets: dict[int, list[tuple[int, int]]] = {}
                     for r in range(count):
@@ -248,6 +276,8 @@ class _Taps:
                         start = e.at(source, move, "i8")
                         if not shape.table:
                             start = e.select(real, start, of["zeros"])
+                        if shape.long and not edge:
+                            self.ask_for(start, e.number(0), number, shape.stride[1])
                         for tap, value in enumerate(load_x(start, real)):
                             for r, k in pairs:
                                 for o in range(shape.outputs):
@@ -272,6 +302,13 @@ class _Taps:
 
         return e.loop(planes[1], [e.zero] * shape.sums, plane)
 
+    def ask_for(self, start: Value, offset: Value, column: Value, step: int) -> None:
+        """The lines of the cache that a column AHEAD of this one reads of a row."""
+        e, shape = self.e, self.shape
+        first = offset + (column + AHEAD) * (shape.lanes * step)
+        for line in range(-(-shape.lanes * step * SCALARS[shape.stored] // 64)):
+            e.prefetch(e.at(start, first + line * (64 // SCALARS[shape.stored]), shape.stored))
+
     def loads(
         self, column: Value, kx: Value, edge: bool
     ) -> tuple[Callable[[Value, Value], list[Value]], Callable[[Value], Value]]:
@@ -281,13 +318,15 @@ class _Taps:
         begin = column * lanes
         left = of["out_width"] - begin
         tail = e.tail(left) if edge else None
+        order = [place // 2 for place in shape.halves[0]]  # of the lanes, if they are dealt
         carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored  # few processors know vectors of half types
 
         def y_row(start: Value) -> Value:
             if shape.spread:
                 places = e.places(begin * of["y_col"], of["y_col"])
                 return e.widen(e.gather(start, places, tail, carrier), shape.stored)
-            return e.load(start, begin, tail, shape.stored)
+            value = e.load(start, begin, tail, shape.stored)
+            return e.pick(value, value, order) if shape.dealt else value
 
         place = begin * step + kx * shape.dilation[1]  # in the padded row, of the first lane and tap
         if shape.table:
@@ -316,6 +355,8 @@ class _Taps:
                 e.load(start, first + offset, mask, shape.stored)
                 for offset, mask in zip(shape.offsets, masks, strict=True)
             ], y_row
+        if shape.dealt:
+            return self.dealt(first, left if edge else None, order), y_row
         wanted = sorted({offset // step * step + i * lanes for offset in shape.offsets for i in range(step)})
         within = {at: e.within(first + at, of["in_width"]) if edge else None for at in wanted}
 
@@ -329,6 +370,42 @@ class _Taps:
             return values
 
         return picked, y_row
+
+    def dealt(self, first: Value, left: Value | None, order: list[int]) -> Callable[[Value, Value], list[Value]]:
+        """With a stride of 2: lanes picked inside each 128 bits, which costs nothing beside multiplications.
+
+        So they come in an unusual order, in which gy is brought, too. What a later tap lacks is the next vector's.
+        """
+        e, of, shape = self.e, self.given, self.shape
+        lanes, last = shape.lanes, shape.offsets[-1]
+        starts = [0, lanes, 2 * lanes] if last > 1 else [0, lanes]
+        masks: list[Value | None] = [None] * len(starts)
+        tail = None
+        if left is not None:
+            masks = [e.within(first + at, of["in_width"]) for at in starts]
+            numbers = e.places(e.number(0), 1)
+            tail = e.compare_lanes("slt", e.pick(numbers, numbers, order), left)
+
+        def load(start: Value, _: Value) -> list[Value]:
+            parts = []
+            for at, mask in zip(starts, masks, strict=True):
+                if mask is None and at == 2 * lanes:
+                    parts.append(e.load_first(start, first + at, last - 1, shape.stored))
+                else:
+                    parts.append(e.load(start, first + at, mask, shape.stored))
+            phases = [e.pick(parts[0], parts[1], picks) for picks in shape.halves]
+            values = []
+            for offset in shape.offsets:
+                shift, phase = divmod(offset, 2)
+                value = phases[phase]
+                if shift:
+                    wanted = [number + shift for number in order]
+                    picks = [order.index(n) if n < lanes else lanes + phase + 2 * (n - lanes) for n in wanted]
+                    value = e.pick(value, parts[2], picks)
+                values.append(e.either(tail, value, e.zero) if tail else value)
+            return values
+
+        return load
 
 
 # -- the chunks, added -----------------------------------------------------------------------------------------------

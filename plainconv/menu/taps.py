@@ -28,6 +28,7 @@ from plainconv.remember import on_forget, weigh
 
 VECTORS = 2048  # of an item, at most: sums that are no longer lose few digits
 ITEM_BYTES = 256 << 10  # of an item that is read more than once
+SHORT = 32  # vectors of a row that is short
 LEAST_COLUMNS = 4  # of an item
 ITEMS = 4  # for each thread, at least, so that shares come out even
 ROWS = (8, 7, 6, 5, 4, 3, 2, 1)  # of a tile
@@ -104,12 +105,14 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def _tiles(request: Request, sides: tuple[Side, Side, Side], registers: int) -> Iterator[Tile]:
+def _tiles(request: Request, sides: tuple[Side, Side, Side], registers: int, lanes: int) -> Iterator[Tile]:
     """Outputs, taps of the rows and of the width, and rows, that fit the registers."""
     _, high, width = sides
     spare = registers - (4 if width.stride == 1 else 3 + min(width.stride, taps.PICKED_STRIDE) + 1)
     for outputs in sorted({_even(request.problem.group_out, most) for most in (1, 2, 3, 4, 6)}):
         for wide in sorted({_even(width.kernel, most) for most in (1, 2, 3, 5, 7, 9, 16)}):
+            if width.stride == 2 and wide > 1 and (wide - 1) * width.dilation > lanes + 1:
+                continue  # what a tap lacks is not in the next vector
             for tall in sorted({_even(high.kernel, most) for most in (1, 2, 3, 5, 7, 9)}):
                 sums = outputs * wide * tall
                 fitting = (rows for rows in ROWS if rows <= high.out and sums + outputs * rows <= spare)
@@ -126,7 +129,7 @@ def _padded(count: int, to: int) -> int:
 def _columns(width: Side, lanes: int, wide: int) -> tuple[int, int, int]:
     """Vectors of a row: all, at the left edge, and inside."""
     count, step = -(-width.out // lanes), lanes * width.stride
-    reach = (width.kernel - wide) * width.dilation + (wide - 1) * width.dilation // width.stride * width.stride + step
+    reach = (width.kernel - wide) * width.dilation + taps.reach(lanes, width.stride, (wide - 1) * width.dilation)
     head = min(-(-max(width.padding[0], 0) // step), count)
     good = min((width.size + width.padding[0] - reach) // step + 1, width.out // lanes)
     inside = max(min(good, count) - head, 0)
@@ -174,7 +177,9 @@ def way(request: Request, merge: bool) -> Way:
 
     # Idle rows of a high picture do not count: many sizes have one kernel.
     seen = high.out if high.out <= 2 * ROWS[0] else math.lcm(*ROWS)
-    tile = min(_tiles(request, sides, target.registers), key=lambda tile: (tiles(tile) * cycles(tile, seen), tile))
+    tile = min(
+        _tiles(request, sides, target.registers, lanes), key=lambda tile: (tiles(tile) * cycles(tile, seen), tile)
+    )
 
     planes, columns = problem.batch * depth.out, -(-width.out // lanes)
     block_columns = _even(columns, VECTORS)
@@ -289,6 +294,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         dilation=(high.dilation, width.dilation),
         table=x_col != 1 or _gathers(width, problem.padding_mode),
         spread=y_col != 1,
+        long=problem.group_in == 1 and width.out > SHORT * one.lanes and x_col == y_col == 1,
         outputs=one.outputs,
         high=one.high,
         wide=one.wide,
