@@ -27,7 +27,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu.axes import Axes, Axis, Work, inside, shown, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, summation_error
 from plainconv.menu.lanes import _shown, folded, too_far
-from plainconv.problem import Direction, Request
+from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
@@ -714,8 +714,6 @@ def workspace_bytes(work: Work) -> int:
 
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if request.direction is Direction.GRAD_INPUT and request.problem.padding_mode != "zeros":
-        return f"the gradient for the input is not written yet for padding_mode={request.problem.padding_mode!r}"
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.dtype not in STORED:

@@ -20,6 +20,7 @@ from torch import Tensor
 from plainconv.cpu.compile import Target
 from plainconv.menu import channels, lanes, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
+from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
 
 
@@ -55,4 +56,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind)
+ALGORITHM = folding(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from plainconv.menu import dense, products
 from plainconv.menu.base import Algorithm
+from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
 
@@ -23,4 +24,6 @@ def _why_not(request: Request) -> str | None:
     return dense.why_not(request)
 
 
-ALGORITHM = Algorithm("direct", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+ALGORITHM = folding(
+    Algorithm("direct", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+)

@@ -123,8 +123,6 @@ def gradients(request: Request) -> str | None:
     """The sentence for gradients for the input that are not made of parts."""
     if request.direction is not Direction.GRAD_INPUT:
         return None
-    if request.problem.padding_mode != "zeros":
-        return f"the gradient for the input is not written yet for padding_mode={request.problem.padding_mode!r}"
     if too_far(request.problem) is None and parts(request) is None:
         return "no output reaches some places of the gradient, and its kernels have nothing to sum there"
     return None

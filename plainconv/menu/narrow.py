@@ -18,6 +18,7 @@ from torch import Tensor
 from plainconv.cpu.compile import Target
 from plainconv.menu import lanes, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
+from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
 
 MOST_OUTPUTS = 6  # of a tile
@@ -43,4 +44,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = Algorithm("narrow", lanes.why_not, _cost, sum_error, _run, version=2, fuses=True, bind=_bind)
+ALGORITHM = folding(Algorithm("narrow", lanes.why_not, _cost, sum_error, _run, version=2, fuses=True, bind=_bind))

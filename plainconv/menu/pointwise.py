@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from plainconv.menu import dense, products
 from plainconv.menu.base import Algorithm
+from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
 
@@ -21,4 +22,6 @@ def _why_not(request: Request) -> str | None:
     return dense.why_not(request)
 
 
-ALGORITHM = Algorithm("pointwise", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+ALGORITHM = folding(
+    Algorithm("pointwise", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+)

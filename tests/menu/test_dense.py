@@ -195,11 +195,15 @@ def test_no_zeros_are_multiplied():
             assert all(any(row[k] >= 0 for row in axes.shown(axis, "zeros")) for k in range(len(axis.taps)))
 
 
-def test_what_of_the_gradients_is_refused():
-    for text, direction, sentence in [
-        ("n1 c2 o2 x5x5 k3x3 p1 mreflect", Direction.GRAD_INPUT, "not written yet for padding_mode='reflect'"),
-    ]:
-        assert sentence in direct.ALGORITHM.why_not(asked_for(text, direction=direction))
+@every_type
+@both_layouts
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_the_border_of_a_mode_is_folded_back(mode, dtype, channels_last):
+    """Half types are rounded once, behind what is fused."""
+    text = f"n2 c5 o6 x7x9 k3x4 s2x1 p2x-1:3 m{mode}"
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_bias=True, has_residual=True)
+    check(direct.ALGORITHM, asked, integers, in_channels_last if channels_last else None)
+    check(direct.ALGORITHM, dataclasses.replace(asked, activation="silu"), reals)
 
 
 ODD = {

@@ -294,9 +294,8 @@ def test_what_is_refused_is_said(module):
         (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
     ]:
         assert words in module.ALGORITHM.why_not(request(small, direction, dtype, **more))
-    for text, words in [("k3x3 p1 mreflect", "not written yet for padding_mode"), ("k2x2 s3", "no output reaches")]:
-        problem = ConvProblem.parse(f"n1 c2 o2 x8x8 g2 {text}")
-        assert words in module.ALGORITHM.why_not(request(problem, Direction.GRAD_INPUT, torch.float32))
+    gaps = request(ConvProblem.parse("n1 c2 o2 x8x8 k2x2 s3 g2"), Direction.GRAD_INPUT, torch.float32)
+    assert "no output reaches" in module.ALGORITHM.why_not(gaps)
     wide = request(ConvProblem.parse("n1 c2 o4 x9 k3 g2"), Direction.GRAD_INPUT, torch.float32)
     assert "one output channel a group" in BY_NAME["depthwise"].why_not(wide)
     assert BY_NAME["depthwise"].why_not(request(ConvProblem.parse("n1 c4 o2 x9 k3"), Direction.FORWARD, torch.float32))
