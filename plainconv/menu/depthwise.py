@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, lanes, taps
+from plainconv.menu import channels, lanes, pixels, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
@@ -35,14 +35,12 @@ def _why_not(request: Request) -> str | None:
         summed, word = problem.group_out, "output"
     if summed != 1:
         return f"it is for one {word} channel a group, and here are {summed}"
-    if request.channels_last and request.direction is not Direction.GRAD_WEIGHT:
-        return channels.why_not(request)
-    return lanes.why_not(request)
+    return channels.why_not(request) if request.channels_last else lanes.why_not(request)
 
 
 def _cost(request: Request) -> Cost:
     if request.direction is Direction.GRAD_WEIGHT:
-        return taps.cost(request)
+        return pixels.cost(request) if request.channels_last else taps.cost(request)
     return channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
 
 
@@ -52,7 +50,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
     if request.direction is Direction.GRAD_WEIGHT:
-        return taps.bind(request, tensors)
+        return pixels.bind(request, tensors) if request.channels_last else taps.bind(request, tensors)
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 

@@ -1,4 +1,4 @@
-"""The gradient for the weight, by narrow and depthwise: every way through the kernel, type and layout of memory."""
+"""The gradient for the weight, by narrow and depthwise: every way through the kernels, type and layout of memory."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from checks import BY_NAME, CASES, check, compare, exact, given, integers, reals
 from guarded import guarded
 
 from plainconv.cpu import compile as cpu
-from plainconv.menu import narrow, taps
+from plainconv.menu import depthwise, narrow, pixels, taps
 from plainconv.menu.base import Tensors
 from plainconv.problem import ConvProblem, Direction
 
@@ -69,7 +69,7 @@ def as_if(monkeypatch):
     """A function that pretends the processor has vectors of so many bits."""
 
     def forget():
-        for cached in (taps.way, taps.prepare):
+        for cached in (taps.way, taps.prepare, pixels.prepare):
             cached.cache_clear()
 
     def pretend(bits):
@@ -188,6 +188,58 @@ def test_a_long_sum_loses_little():
     workspace = torch.empty(narrow.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
     narrow.ALGORITHM.run(asked, Tensors(first, second), out, workspace)
     assert abs(out.item() / first.double().sum().item() - 1) < 3e-5
+
+
+# -- channels_last ---------------------------------------------------------------------------------------------------
+
+INSIDE = {
+    name: text
+    for name, text in ALL.items()
+    if (problem := ConvProblem.parse(text)).groups == problem.in_channels == problem.out_channels and problem.dims > 1
+} | {"many channels": "n2 c37 o37 x9x33 k3x3 p1 g37", "tiles": "n1 c16 o16 x9x33 k7x9 p1 s2 g16"}
+
+
+def in_channels_last(tensor):
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@every_width_in_time
+@every_type
+@pytest.mark.parametrize("text", INSIDE.values(), ids=INSIDE)
+def test_lanes_are_channels(bits, dtype, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, dtype, channels_last=True, threads=2)
+    check(depthwise.ALGORITHM, asked, integers, in_channels_last)
+    check(depthwise.ALGORITHM, asked, reals, in_channels_last)
+    check(depthwise.ALGORITHM, asked, integers, spread)
+    first, second, *_ = given(asked, integers)
+    for mixed in ((in_channels_last(first), second), (first, in_channels_last(second))):
+        results = []
+        for byte in (0xFF, 0x11):
+            results.append(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype))
+            workspace = torch.full((depthwise.ALGORITHM.cost(asked).workspace,), byte, dtype=torch.uint8)
+            depthwise.ALGORITHM.run(asked, Tensors(*mixed), results[-1], workspace)
+        compare(depthwise.ALGORITHM, asked, results[0], *mixed, to_the_bit=True)
+        assert torch.equal(*results)
+
+
+@every_width_in_time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", INSIDE.values(), ids=INSIDE)
+def test_nothing_outside_is_touched_in_channels_last(bits, text, dtype, as_if, monkeypatch):
+    as_if(bits)
+    asked, algorithm = asked_for(text, dtype, threads=2, channels_last=True), depthwise.ALGORITHM
+    tables = pixels._tables
+    for at_end in (True, False):
+        monkeypatch.setattr(
+            pixels, "_tables", lambda *how, at_end=at_end: tuple(guarded(t, at_end=at_end) for t in tables(*how))
+        )
+        pixels.prepare.cache_clear()
+        first, second = (guarded(t.movedim(1, -1), at_end=at_end).movedim(-1, 1) for t in given(asked, reals)[:2])
+        out = guarded(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end=at_end)
+        workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
+        algorithm.run(asked, Tensors(first, second), out, workspace)
+        compare(algorithm, asked, out, first, second, to_the_bit=False)
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
