@@ -131,8 +131,12 @@ def _call(convolve: Callable[[Tensor, Tensor], Tensor], direction: str, given: T
     if direction == "train":
 
         def train() -> tuple[Tensor, ...]:
+            x.grad = w.grad = None  # as optimizers leave them
             y = convolve(x, w)
-            return (y.detach(), *torch.autograd.grad(y, (x, w), g))
+            y.backward(g)
+            assert x.grad is not None
+            assert w.grad is not None
+            return y.detach(), x.grad, w.grad
 
         return train
     wanted = x if direction == "grad_input" else w
