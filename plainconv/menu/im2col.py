@@ -58,10 +58,11 @@ def _cost(request: Request) -> Cost:
     moved = (
         3 * (problem.taps * problem.in_channels + problem.out_channels) * problem.batch * math.prod(problem.out) * size
     )
+    weight = math.prod(problem.weight_shape) * size
     seconds = (
         slabs * (5 * problem.taps + 10) * machine(request).call
         + product_seconds(request, problem.multiplies, problem.group_out, problem.group_in * problem.taps)
-        + moved / machine(request).bytes
+        + (moved + weight * (slabs + 2)) / machine(request).bytes  # the weight is copied, and read again for each slab
     )
     return Cost(problem.multiplies, moved, plan.workspace, seconds)
 

@@ -91,7 +91,8 @@ def _cost(request: Request) -> Cost:
     seconds = (
         slabs * (problem.taps + 4 * len(phases.offsets) + 6) * machine(request).call
         + product_seconds(request, multiplies, problem.group_out, problem.group_in) * (1.5 if problem.groups > 1 else 1)
-        + (moved + per_tap * problem.taps / 8) / machine(request).bytes  # a slab stays in the cache
+        # A slab stays in the cache; the weight is copied.
+        + (moved + per_tap * problem.taps / 8 + 1.5 * math.prod(problem.weight_shape) * size) / machine(request).bytes
     )
     return Cost(multiplies, moved, plan.workspace, seconds)
 
