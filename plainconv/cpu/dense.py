@@ -159,6 +159,11 @@ class _Dense:
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
         self.channels = (of["group_in"] + (shape.steps - 1)) // shape.steps
+        if shape.apart and shape.over == "places":
+            # Where the sums of a tile become results, and what is added to them.
+            self.stack, self.added = (
+                e.stack(type_, shape.scalars * shape.vectors * shape.lanes) for type_ in (shape.element, shape.stored)
+            )
         self.gather = Gather(e, of, shape.source, shape.stored, shape.stride, shape.pairs)
 
     def kernel(self) -> str:
@@ -293,15 +298,14 @@ class _Dense:
                     e.prefetch(e.at(of["y"], start + (at + v * shape.lanes), shape.stored), "write")
             begin = e.at(b, i, "i64") if shape.source == "list" else e.at(b, i * of["b_scalar"], self.b_type)
             acc = self.sums(e.at(a, a_at), begin, x, phase, channel, at, i, count, masks)
-            there: list[Value | None] = [None] * vectors
-            if shape.apart and not offsets:
-                there = [e.load_places(phase.table, at + v * shape.lanes) for v in range(vectors)]
-                real = [e.compare_lanes("sge", place, 0) for place in there if place]
-                masks = [e.both(mask, lanes) for mask, lanes in zip(masks, real, strict=True)]
+            if shape.apart and shape.over == "places":
+                left = e.least(lanes_count - at, vectors * shape.lanes)
+                self.put_apart(acc, scalars, e.at(phase.table, at, "i64"), left)
+                return
 
             def put(s: int) -> None:
                 for v, mask in enumerate(masks):
-                    self.put(acc[s * vectors + v], scalars[s], at + v * shape.lanes, mask, there[v])
+                    self.put(acc[s * vectors + v], scalars[s] + (at + v * shape.lanes), mask)
 
             for s in range(count):
                 if offsets:
@@ -378,20 +382,53 @@ class _Dense:
 
         over_lanes(tiles, *part_of(every), outputs_of)
 
-    def put(self, total: Value, start: Value, behind: Value, mask: Value | None, places: Value | None) -> None:
-        """Finish and write a vector: `behind` start, or in places that lie apart."""
+    def put(self, total: Value, offset: Value, mask: Value | None) -> None:
+        """Finish and write a vector."""
         e, of, shape, residual = self.e, self.given, self.shape, None
-        if places is None or mask is None:
-            offset = start + behind
-            if shape.has_residual:
-                residual = e.load(of["residual"], offset, mask, shape.stored)
-            e.store(finish(e, total, residual, shape.activation), of["y"], offset, mask, shape.stored)
-            return
-        there = e.move_places(places, start)
         if shape.has_residual:
-            carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored
-            residual = e.widen(e.gather(of["residual"], there, mask, carrier), shape.stored)
-        e.scatter(finish(e, total, residual, shape.activation), of["y"], there, mask, shape.stored)
+            residual = e.load(of["residual"], offset, mask, shape.stored)
+        e.store(finish(e, total, residual, shape.activation), of["y"], offset, mask, shape.stored)
+
+    def put_apart(self, acc: Sequence[Value], starts: Sequence[Value], table: Value, count: Value) -> None:
+        """Finish the sums [scalars, vectors] of a tile, and write the first `count` places of each scalar.
+
+        They go by way of the stack, place by place: no slower than a scatter, of which LLVM makes a branch for every
+        lane of a half type. One scalar after another, as channels that are a power of two apart share lines of a cache.
+        """
+        e, of, shape = self.e, self.given, self.shape
+        width = len(acc) // len(starts) * shape.lanes
+        carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored
+
+        def each_place(move: Callable[[Value, Value], None]) -> None:
+            """move(offset of a place in the result, and of its number on the stack), for each scalar."""
+
+            def of_scalar(s: Value, carried: list[Value]) -> Sequence[Value]:
+                start, behind = carried
+
+                def each(i: Value, _: list[Value]) -> Sequence[Value]:
+                    place = e.scalar(table, i, "i64")
+                    e.when(e.compare("sge", place, 0), lambda: move(start + place, behind + i))
+                    return []
+
+                e.loop(count, [], each)
+                return [start + of["y_channel"], behind + width]
+
+            e.loop(len(starts), [starts[0], e.number(0)], of_scalar)
+
+        def finished(n: Value, _: list[Value]) -> Sequence[Value]:
+            # In place: a result is no wider than its sum, so it lies on none that is to come.
+            at = n * shape.lanes
+            residual = e.load(self.added, at, None, shape.stored) if shape.has_residual else None
+            total = finish(e, e.load(self.stack, at), residual, shape.activation)
+            e.store(total, self.stack, at, None, shape.stored)
+            return []
+
+        for n, total in enumerate(acc):
+            e.store(total, self.stack, n * shape.lanes)
+        if shape.has_residual:
+            each_place(lambda at, i: e.put(e.scalar(of["residual"], at, carrier), self.added, i))
+        e.loop(len(acc), [], finished)
+        each_place(lambda at, i: e.put(e.scalar(self.stack, i, carrier), of["y"], at))
 
     def sums(
         self,

@@ -368,19 +368,7 @@ class Emit:
         name = f"llvm.masked.gather.v{self.lanes}{SUFFIX[type_]}.v{self.lanes}p0"
         return self._call(name, vector, each, alignment, mask, zero)
 
-    def scatter(self, value: Value, pointer: Value, places: Value, mask: Value, stored: str | None = None) -> None:
-        """Lane i becomes element places[i], of type `stored`; lanes outside the mask are not written."""
-        stored = stored or self.element
-        value, pointers = self.narrow(value, stored), f"<{self.lanes} x ptr>"
-        each = self._emit(f"getelementptr {stored}, ptr {pointer.text}, {places.type} {places.text}", pointers)
-        name = f"llvm.masked.scatter.v{self.lanes}{SUFFIX[_carrier(stored)]}.v{self.lanes}p0"
-        self._call(name, "void", value, each, Value(self, str(SCALARS[stored]), "i32"), mask)
-
     # -- lanes -------------------------------------------------------------------------------------------------------
-
-    def both(self, a: Value | None, b: Value) -> Value:
-        """The lanes of two masks; None has all."""
-        return b if a is None else self._two("and", a, b)
 
     def tail(self, left: Value | int) -> Value:
         """A mask whose first `left` lanes are set (all, if left is larger)."""

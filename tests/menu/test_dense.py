@@ -325,6 +325,17 @@ def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
         assert not stores, (stores[:4], block)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_places_that_lie_apart_are_no_branch_each(dtype):
+    """LLVM unrolls scatters and gathers of half types lane by lane: kernels would be many times as long as float's."""
+    fused = {"direction": Direction.GRAD_INPUT, "has_residual": True}
+    lengths = [
+        cpu.assembly(kernel_of("n1 c32 o64 x64x64 k4x4 s2 p1", dtype=of, **fused)).count("\n\tj")
+        for of in (torch.float32, dtype)
+    ]
+    assert lengths[1] <= 1.5 * lengths[0]
+
+
 def test_the_weight_of_a_small_map_is_not_packed():
     asked = asked_for("n1 c512 o512 x7x7 k3x3 p1")
     assert dense.prepare(axes.work(asked), (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
