@@ -98,7 +98,7 @@ def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> chann
     size = 8 if element == "double" else 4
     lanes = min(target.bits // 8 // size, max(16 // size, 1 << (problem.in_channels - 1).bit_length()))
     pixels = next(pixels for pixels in (PIXELS, 4, 2, 1) if pixels <= width.out)
-    spare = target.registers - (2 if target.fma else 3)
+    spare = target.registers - (2 if target.fma else 4)  # products of their own lie beside the sums
     rows = min(ROWS, high.out) if target.registers > 16 else 1
     inner, products = high.kernel, rows * pixels * high.kernel * width.kernel
     if rows == 1 or rows * pixels + min(rows, inner) * width.kernel > spare or products > UNROLLED:

@@ -58,6 +58,7 @@ ROWS = 14  # of a tile, at most
 HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
 SHORT = 32  # vectors of a row that is short
 INNER = 9  # taps of the rows that are unrolled, at most; of a longer kernel, as many in each turn
+SHARED = 10  # rows of a tile and unrolled taps, together, at most, for ARM
 
 
 class Layout(Enum):
@@ -186,16 +187,20 @@ def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
 def _fits(tile: Tile, problem: ConvProblem, target: cpu.Target) -> bool:
     """Whether sums and weights stay in registers; LLVM needs more room for what a stride picks, and around loops."""
     depth, _, width = folded(problem)
-    picks = 1 < width.stride <= rows.PICKED_STRIDE
-    crowded = picks + (depth.kernel > 1)
+    picks, arm = 1 < width.stride <= rows.PICKED_STRIDE, target.machine == "aarch64"
+    crowded = picks * (2 if target.bits == 128 else 1) + (depth.kernel > 1)
     sums, weights = tile.outputs * tile.rows * tile.vectors, tile.outputs * tile.inner
     if sums == 1:
         return True
-    if picks and tile.outputs > 1 and (tile.outputs > 4 or tile.inner > 1):
+    if picks and (tile.outputs > 4 or (tile.inner > 1 and (tile.outputs > 1 or target.bits < 512))):
         return False
-    room = target.registers * 3 // 4 * 2**crowded // 3**crowded
+    # For ARM, LLVM loads long before it multiplies, and what rows would share waits in too many registers.
+    if arm and tile.inner > 1 and (tile.outputs > 1 or tile.rows + tile.inner > SHARED):
+        return False
+    room = target.registers * (5 if arm else 6) // 8 * 2**crowded // 3**crowded
     most_rows = -(-ROWS // 2 ** min(crowded, 1))
-    return tile.rows <= most_rows and sums <= room and sums + weights + 3 + min(crowded, 1) <= target.registers
+    held = sums + weights * (2 if arm else 1) + (3 if target.fma else 4) + min(crowded, 1)
+    return tile.rows <= most_rows and sums <= room and held <= target.registers
 
 
 def _cycles(request: Request, target: cpu.Target, tile: Tile) -> float:

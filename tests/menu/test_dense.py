@@ -4,6 +4,7 @@ import dataclasses
 import re
 from functools import lru_cache
 
+import assembly
 import pytest
 import torch
 from checks import CASES, check, compare, given, integers, reals, request
@@ -334,6 +335,20 @@ def test_places_that_lie_apart_are_no_branch_each(dtype):
         for of in (torch.float32, dtype)
     ]
     assert lengths[1] <= 1.5 * lengths[0]
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k3x3 p1", "n1 c256 o64 x56x56 k1x1", "n1 c512 o512 x7x7 k3x3 p1"])
+def test_no_sum_is_spilled_on_arm(text, dtype, channels_last, as_if, monkeypatch):
+    as_if(128)
+    target = cpu.Target.neon()
+    monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+    code = cpu.assembly(kernel_of(text, dtype=dtype, channels_last=channels_last), target)
+    sums = [block for block in assembly.blocks(code) if assembly.products(block) >= 4]
+    assert max(map(assembly.products, sums)) >= 16
+    for block in sums:
+        assert not assembly.spills(block, code), "a vector is written to the stack"
 
 
 def test_the_weight_of_a_small_map_is_not_packed():
