@@ -28,3 +28,15 @@ def guarded(tensor: Tensor, *, at_end: bool) -> Tensor:
         return tensor.clone()
     flat = torch.frombuffer(region, dtype=tensor.dtype, count=math.prod(tensor.shape), offset=offset)
     return flat.view(tensor.shape).copy_(tensor)
+
+
+def guarded_view(tensor: Tensor, *, at_end: bool, step: int = 1) -> Tensor:
+    """The same values as part of something larger, every `step`-th element in each dimension.
+
+    What the view does not show is NaN, and memory ends (or begins) with its last (or first) element.
+    """
+    around = guarded(tensor.new_full([step * size + 1 for size in tensor.shape], math.nan), at_end=at_end)
+    spans = [step * (size - 1) + 1 for size in tensor.shape]  # from the first element to the last
+    firsts = [size - span if at_end else 0 for size, span in zip(around.shape, spans, strict=True)]
+    view = around[tuple(slice(first, first + span, step) for first, span in zip(firsts, spans, strict=True))]
+    return view.copy_(tensor)

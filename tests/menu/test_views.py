@@ -1,0 +1,52 @@
+"""Views with irregular strides, inside larger memory that ends or begins with them: no kernel touches what is outside.
+
+One problem for each kernel; contiguous tensors, tables and workspaces are placed so in the tests of the kernels.
+"""
+
+import pytest
+import torch
+from checks import BY_NAME, channels_last, compare, given, reals, request
+from guarded import guarded, guarded_view
+
+from plainconv.cpu import compile as cpu
+from plainconv.menu.base import Tensors
+from plainconv.problem import ConvProblem, Direction
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+# A kernel, and what sends it to the edges: borders, tails of channels and of rows, a stride.
+KERNELS = {
+    "direct": "n2 c5 o19 x9x21 k3x3 s2x1 p1",
+    "pointwise": "n2 c7 o19 x9x21 k1x1",
+    "narrow": "n2 c3 o5 x9x37 k3x3 p1",
+    "depthwise": "n2 c19 o19 x9x37 k3x3 s1x2 p1 g19",
+}
+
+
+VIEWS = {
+    "a window": guarded_view,
+    "a window of pixels": lambda t, at_end: guarded_view(t.movedim(1, -1), at_end=at_end).movedim(-1, 1),
+    "every third element": lambda t, at_end: guarded_view(t, at_end=at_end, step=3),
+    "inner ones first": lambda t, at_end: guarded_view(t.mT, at_end=at_end, step=2).mT,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_outside_a_view_is_touched(name, direction, last, dtype, view):
+    algorithm = BY_NAME[name]
+    asked = request(ConvProblem.parse(KERNELS[name]), direction, dtype, channels_last=last)
+    if name == "narrow" and last:
+        assert "channels_last" in algorithm.why_not(asked)
+        return
+    assert algorithm.why_not(asked) is None
+    for at_end in (True, False):
+        first, second = (view(tensor, at_end=at_end) for tensor in given(asked, reals)[:2])
+        out = torch.full(asked.problem.shape_of(direction.makes), torch.nan, dtype=dtype)
+        out = channels_last(out) if last else out
+        workspace = torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8)
+        algorithm.run(asked, Tensors(first, second), out, guarded(workspace, at_end=at_end))
+        compare(algorithm, asked, out, first, second, to_the_bit=False)
