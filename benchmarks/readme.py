@@ -7,7 +7,7 @@ The records come from
     plainconv compare --out out                                 -> results/compare.json (out/records.json)
     plainconv train --dataset mnist --seed S --out ...          -> results/mnist-seed-S.json
     python benchmarks/shift_against_seed.py --json ...          -> results/shift_against_seed.json
-    python benchmarks/tables.py                                 -> results/bench/forward-TYPE-SUITE.json
+    python benchmarks/tables.py                                 -> results/bench/DIRECTION-TYPE-SUITE.json
 """
 
 from __future__ import annotations
@@ -91,20 +91,29 @@ def seed(record: dict[str, Any]) -> str:
 
 def suites() -> str:
     """Every suite that was measured: geometric mean of the layers' ratios, and the worst."""
-    found: dict[str, dict[str, bench.Summary]] = {}
-    for path in sorted((RESULTS / "bench").glob("forward-*.json")):
+    found: dict[str, dict[tuple[str, str], bench.Summary]] = {}
+    for path in sorted((RESULTS / "bench").glob("*.json")):
         record = json.loads(path.read_text())
         for total in bench.summary(bench.rows_of(record)):
-            found.setdefault(total.suite, {})[record["dtype"]] = total
-    dtypes = ("float32", "float64", "bfloat16")
+            found.setdefault(total.suite, {})[record["direction"], record["dtype"]] = total
+    columns = {
+        "forward, float32": ("forward", "float32"),
+        "float64": ("forward", "float64"),
+        "bfloat16": ("forward", "bfloat16"),
+        "training, float32": ("train", "float32"),
+    }
 
     def cell(total: bench.Summary | None) -> str:
         if total is None or total.geomean is None:
             return ""
         return f"{total.geomean:.2f}x ({total.worst:.2f}x)" + (", with wrong layers" if total.red else "")
 
-    rows = [[suite, *(cell(found[suite].get(dtype)) for dtype in dtypes)] for suite in bench.load() if suite in found]
-    return table(["torch's time over ours: mean (worst layer)", *dtypes], rows)
+    rows = [
+        [suite, *(cell(found[suite].get(which)) for which in columns.values())]
+        for suite in bench.load()
+        if suite in found
+    ]
+    return table(["torch's time over ours: mean (worst layer)", *columns], rows)
 
 
 def machine(record: dict[str, Any]) -> str:
