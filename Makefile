@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SPREAD := -n auto --dist loadfile
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test check lint slow wheel bench fit format clean
@@ -18,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/plainconv compare
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(SPREAD)
 
 check: lint slow wheel
 
@@ -28,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 slow: $(STAMP)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(SPREAD)
 
 wheel: $(STAMP)
 	.ci/wheel $(BIN)/python

@@ -71,7 +71,9 @@ def _of_row(row: Row, threads: int) -> Iterator[Sample]:
         seconds = {row.algorithms[layout]: timing.median_s}
         if row.regret and layout == row.our_best:
             seconds |= row.regret.seconds
-        able = {name: value for name, value in seconds.items() if MODEL[name].why_not(request) is None}
+        able = {
+            name: value for name, value in seconds.items() if name in MODEL and MODEL[name].why_not(request) is None
+        }
         if able:
             yield Sample(row.layer.suite, request, able)
 
@@ -128,7 +130,7 @@ def fit(known: Sequence[Choice]) -> Factors:
 def told(name: str, known: Sequence[Choice], factors: Factors) -> str:
     """A line: regret and how far estimates are off."""
     regret = [choice.regret(factors) for choice in known if len(choice.logs) > 1] or [0.0]
-    off = median(distance for choice in known for distance in choice.off(factors))
+    off = median([distance for choice in known for distance in choice.off(factors)] or [0.0])
     return (
         f"{name:34} {len(regret):4} choices, regret {math.exp(fmean(regret)):.3f}, worst {math.exp(max(regret)):.2f}; "
         f"estimates off by {math.exp(off):.2f} in the middle"

@@ -210,7 +210,7 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
             lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias),
         )
     regular = 0 not in first.stride() and 0 not in second.stride()
-    fill = chosen.bind(Tensors(_regular(first), _regular(second), bias))
+    fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.empty_strided(*how, dtype=dtype, device=device)
@@ -250,6 +250,9 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
     own = direction is make.direction
     like = {make.direction.given[0]: first, make.direction.given[1]: second}.get(direction.makes, first)
     channels_last = make.channels_last if own else is_channels_last(like)  # a gradient has its tensor's format
+    if direction is Direction.GRAD_WEIGHT and problem.group_in == problem.group_out == 1:
+        # Such a weight lies alike in both formats: how the input lies is what counts.
+        channels_last = make.channels_last if make.direction is Direction.GRAD_INPUT else is_channels_last(first)
     return Request(
         problem,
         direction,
@@ -275,9 +278,18 @@ def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvPro
     return problem
 
 
-def _regular(tensor: Tensor) -> Tensor:
+def _regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
     """Expanded tensors (a cotangent of sum() has stride 0 everywhere) in plain memory; all others as they are."""
-    return tensor.contiguous() if 0 in tensor.stride() else tensor
+    if 0 not in tensor.stride():
+        return tensor
+    return tensor.contiguous(memory_format=_FORMATS[tensor.dim()] if channels_last else torch.contiguous_format)
+
+
+def _as_regular(tensor: Tensor) -> Tensor:
+    """What lies as the same would, without its values."""
+    if 0 not in tensor.stride():
+        return tensor
+    return torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
 
 
 # -- autocast --------------------------------------------------------------------------------------------------------
@@ -366,13 +378,16 @@ class _OneLevel(torch.autograd.function._SingleLevelFunction):
 def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """The backward of all: those of the three gradients that are wanted."""
     first, second = ctx.saved_tensors
+    # An expanded cotangent is made regular once, for both gradients; the sum for the bias takes it as it is.
+    is_dense = _keys_of(cotangent).raw_repr() in _PLAIN_KEYS
+    regular = _regular(cotangent, ctx.make.channels_last) if is_dense else cotangent
     gradients: list[Tensor | None] = [None, None]
     given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
     wanted = ctx.needs_input_grad if sum(ctx.needs_input_grad) == 1 else _wanted(ctx)
     for i, (role, like) in enumerate(given.items()):
         if wanted[i]:
             other = {r: tensor.conj() for r, tensor in given.items() if r != role}
-            other[ctx.make.direction.makes] = cotangent
+            other[ctx.make.direction.makes] = regular
             make = ctx.derivative(role, like)
             a, b = (other[r] for r in make.direction.given)
             gradients[i] = convolve(a, b, None, make)
@@ -478,6 +493,15 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
     _LIBRARY.define(f"{name}(Tensor {first_name}, Tensor {second_name}, {_ARGUMENTS}) -> Tensor")
 
     def kernel(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
+        # functional.py has looked already; a graph that was changed since has not been there.
+        own = first.dtype, first.device
+        if (second.dtype, second.device) != own or (
+            bias is not None and (bias.dtype, bias.device, *bias.shape) != (*own, operands[0][1])
+        ):
+            raise RuntimeError(
+                f"plainconv::{name} takes tensors of one type and device, and a bias of one value a channel; got "
+                f"{[(tuple(t.shape), t.dtype, str(t.device)) for t in (first, second, bias) if t is not None]}"
+            )
         with _without_autocast(first.device.type):
             return _remembered(first, second, bias, Make.of(direction, *operands)).run(first, second, bias)
 

@@ -148,7 +148,7 @@ def plan(request: Request, name: str = AUTO) -> Plan:
 
     Raises AlgorithmRefused if the named one cannot serve the request, ValueError if there is none of that name.
     """
-    if (report := _tuning) is not None and name == AUTO:
+    if (report := _tuning) is not None and name == AUTO and request.problem.multiplies:
         report.tuned.append(_tune(request))
     verdict = _choice(request, name)
     if verdict.cost is None:

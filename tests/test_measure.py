@@ -425,3 +425,10 @@ def test_eight_threads_tune_at_once(folder):
             thread.join(timeout=120)
             assert not thread.is_alive()
     assert wrong == []
+
+
+def test_nothing_is_measured_where_there_is_nothing_to_multiply(folder):
+    with plainconv.tuning() as report:
+        assert plainconv.conv2d(torch.ones(1, 0, 8, 8), torch.ones(4, 0, 3, 3)).shape == (1, 4, 6, 6)
+        assert plainconv.conv2d(torch.ones(0, 3, 8, 8), torch.ones(4, 3, 3, 3)).shape == (0, 4, 6, 6)
+    assert not report.tuned

@@ -1065,3 +1065,44 @@ def test_other_shapes_than_the_problems_are_refused_by_the_operator():
     first, second, _, make = of_problem(CASES["3x3"], Direction.GRAD_INPUT)
     with pytest.raises(RuntimeError, match="should have shape"):
         ops.convolve(first[..., 1:], second, None, make)
+
+
+@directions
+def test_other_types_or_a_bias_of_another_length_are_refused_by_the_operator(direction):
+    first, second, bias, make = of_problem("n1 c3 o4 x6 k3", direction, torch.float32, bias=True)
+    operator = ops._OPERATORS[direction]
+    with pytest.raises(RuntimeError, match="tensors of one type and device"):
+        operator(first.double(), second, None, *make.operands())
+    if bias is not None:
+        for wrong in (bias[:-1], bias.double()):
+            with pytest.raises(RuntimeError, match="a bias of one value a channel"):
+                operator(first, second, wrong, *make.operands())
+
+
+# -- gradients without needless copies -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_expanded_cotangent_is_made_regular_once_and_in_the_format_of_the_result(last, monkeypatch):
+    made, real = [], ops._regular
+
+    def watched(tensor, channels_last=False):
+        result = real(tensor, channels_last)
+        if result is not tensor:
+            made.append(result)
+        return result
+
+    monkeypatch.setattr(ops, "_regular", watched)
+    x, w = images(2, 8, 9, 10), images(6, 8, 3, 3, grad=True)
+    x = (channels_last(x) if last else x).requires_grad_()
+    plainconv.conv2d(x, w).sum().backward()
+    assert len(made) == 1
+    assert ops.is_channels_last(made[0]) is last
+
+
+def test_the_gradient_for_a_depthwise_weight_goes_by_the_format_of_the_input():
+    x, w = channels_last(images(2, 5, 9, 10)), images(5, 1, 3, 3)
+    for weight in (w, channels_last(w)):
+        make = ops.Make(Direction.FORWARD, (2, 5, 7, 8), ConvProblem.parse("n2 c5 o5 x9x10 k3x3 g5").geometry, True)
+        assert ops.request(make, x, weight, None, Direction.GRAD_WEIGHT).channels_last
+        assert not ops.request(make, x.contiguous(), weight, None, Direction.GRAD_WEIGHT).channels_last

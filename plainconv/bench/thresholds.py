@@ -1,7 +1,7 @@
 """What the suites are held to: the least geometric mean of the ratios, and the least ratio of a layer.
 
-Where the machine's own limit lies below, LIMIT_SHARE of that limit counts instead.  A call that torch finishes in under
-25 us is held to SHORT_WORST.
+Where the machine's own limit lies below that, LIMIT_SHARE of the limit counts instead.  A call that torch finishes in
+under 25 us is held to SHORT_WORST.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def held(direction: str, dtype: str, suite: str, rows: Sequence[Row]) -> list[He
         picked = [(row, row.ratio) for row in rows if PICKED[threshold.of](row) and row.ratio is not None]
         if picked:
             geomean = _mean([ratio for _, ratio in picked])
-            asked = min(threshold.geomean, LIMIT_SHARE * _mean([row.most for row, _ in picked]))
+            asked = _least(threshold.geomean, _mean([row.most for row, _ in picked]))
             each = [(row, ratio, _asked(threshold, row)) for row, ratio in picked]
             missed = tuple((row, least) for row, ratio, least in each if ratio < least)
             found.append(Held(threshold, geomean, asked, missed))
@@ -140,7 +140,11 @@ def held(direction: str, dtype: str, suite: str, rows: Sequence[Row]) -> list[He
 
 
 def _asked(threshold: Threshold, row: Row) -> float:
-    return min(SHORT_WORST if row.short else threshold.worst, threshold.worst, LIMIT_SHARE * row.most)
+    return _least(min(SHORT_WORST, threshold.worst) if row.short else threshold.worst, row.most)
+
+
+def _least(target: float, limit: float) -> float:
+    return target if limit >= target else LIMIT_SHARE * limit
 
 
 def _mean(values: Sequence[float]) -> float:

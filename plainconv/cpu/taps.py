@@ -324,8 +324,9 @@ class _Taps:
         def y_row(start: Value) -> Value:
             if shape.spread:
                 places = e.places(begin * of["y_col"], of["y_col"])
-                return e.widen(e.gather(start, places, tail, carrier), shape.stored)
-            value = e.load(start, begin, tail, shape.stored)
+                value = e.widen(e.gather(start, places, tail, carrier), shape.stored)
+            else:
+                value = e.load(start, begin, tail, shape.stored)
             return e.pick(value, value, order) if shape.dealt else value
 
         place = begin * step + kx * shape.dilation[1]  # in the padded row, of the first lane and tap

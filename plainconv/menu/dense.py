@@ -653,13 +653,16 @@ def _scattered(
     """
     depth, high, width = axes
     of_all = list(product(depth.taps, high.taps, width.taps))
+    by_phase: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for tap, (_, r, c) in zip(taps, of_all, strict=True):
+        by_phase.setdefault((r.phase, c.phase), []).append(tap)
     found: list[tuple[int, int]] = []
     phases: list[tuple[int, ...]] = []
     whole = way.cols == width.out
     lengths = (width.out, width.out - 1) if whole else (width.out,)
     for row, col in _phases(axes):
         begin = len(found)
-        found += [tap for tap, (_, r, c) in zip(taps, of_all, strict=True) if (r.phase, c.phase) == (row, col)]
+        found += by_phase.get((row, col), [])
         each = (len(found) - begin) // max(len(depth.taps), 1)
         count = width.places(col)
         table = lengths.index(count) * way.rows * way.cols if whole else 0

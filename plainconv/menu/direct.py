@@ -25,5 +25,5 @@ def _why_not(request: Request) -> str | None:
 
 
 ALGORITHM = folding(
-    Algorithm("direct", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+    Algorithm("direct", _why_not, products.cost, dense.error, products.run, version=2, fuses=True, bind=products.bind)
 )

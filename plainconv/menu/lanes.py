@@ -55,6 +55,7 @@ THREADS_S = 2e-6  # waking torch's threads
 
 MOST_PLACES = 1 << 20  # skipped at once along a dimension
 ROWS = 14  # of a tile, at most
+MOST_PARTS = 64  # of a gradient for the input: each has its own kernel
 HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
 SHORT = 32  # vectors of a row that is short
 INNER = 9  # taps of the rows that are unrolled, at most; of a longer kernel, as many in each turn
@@ -124,7 +125,10 @@ def gradients(request: Request) -> str | None:
     """The sentence for gradients for the input that are not made of parts."""
     if request.direction is not Direction.GRAD_INPUT:
         return None
-    if too_far(request.problem) is None and parts(request) is None:
+    problem = request.problem
+    if math.prod(min(*sides) for sides in zip(problem.stride, problem.spatial, strict=True)) > MOST_PARTS:
+        return f"it makes a convolution for each phase of the stride, and {problem.stride} has more than {MOST_PARTS}"
+    if too_far(problem) is None and parts(request) is None:
         return "no output reaches some places of the gradient, and its kernels have nothing to sum there"
     return None
 
@@ -170,7 +174,8 @@ def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
     else:
         low = high.out <= 2 * ROWS
         counts = [(count, 1) for count in (range(min(ROWS, high.out), 0, -1) if low else HIGH)]
-    divided = {-(-problem.group_out // n) for n in range(1, problem.group_out + 1)}  # 7 are 4 and 3, not 6 and 1
+    most = max(problem.group_out, 1)  # a tensor may have no channels
+    divided = {-(-most // n) for n in range(1, most + 1)}  # 7 are 4 and 3, not 6 and 1
     tiles = [
         Tile(outputs, count, vectors, inner)
         for outputs in divided
@@ -441,7 +446,6 @@ def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
             pointers = (*given, added + first * size, made + first * size)
             launch(ready.kernel, (*pointers, *behind), ready.tasks, threads)
 
-    call.keeps = bound  # type: ignore[attr-defined]  # the tables that `behind` points to
     return call
 
 

@@ -1,10 +1,10 @@
 """The gradient for the input as forward convolutions: one for each phase of the stride.
 
 Along one dimension, tap k of the kernel takes place y of the output to place  y * stride + k * dilation - lo  of the
-gradient.  If stride and dilation have no common factor, the places  i = stride * t + phase  are reached by every
-stride-th tap alone, and what they are is a convolution with stride 1 and the same dilation, whose taps are these in the
-opposite order.  (If they have one, there are places that nothing reaches.)  With stride 1 there is one phase, and it
-has all taps.  Channels change places.
+gradient.  The places  i = stride * t + phase  are reached by every (stride / common)-th tap alone, common being the
+greatest factor of stride and dilation, and what they are is a convolution with stride 1 and dilation / common, whose
+taps are these in the opposite order.  (Unless common is 1, there are phases that nothing reaches.)  With stride 1 there
+is one phase, and it has all taps.  Channels change places.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def _phases(problem: ConvProblem, dim: int) -> list[_Side | None]:
     stride, dilation, (lo, _) = problem.stride[dim], problem.dilation[dim], problem.padding[dim]
     if min(stride, size) > kernel:
         return [None]  # fewer taps than phases
+    common = math.gcd(stride, dilation)
+    every, apart = stride // common, dilation // common  # from a tap of a phase to its next, in the weight and in y
     phases: list[_Side | None] = []
     for start in range(min(stride, size)):
         taps = [k for k in range(kernel) if (start + lo - k * dilation) % stride == 0]
@@ -105,9 +107,9 @@ def _phases(problem: ConvProblem, dim: int) -> list[_Side | None]:
             phases.append(None)
             continue
         before = -(start + lo - taps[-1] * dilation) // stride  # what the last tap reads first is so far outside
-        reach, made = (len(taps) - 1) * dilation, -(-(size - start) // stride)
+        reach, made = (len(taps) - 1) * apart, -(-(size - start) // stride)
         after = made - out - before + reach
         inside = out + min(before, 0) + min(after, 0)
-        side = _Side(len(taps), (before, after), dilation, taps[-1], -stride, start)
+        side = _Side(len(taps), (before, after), apart, taps[-1], -every, start)
         phases.append(side if inside > 0 else None)
     return phases

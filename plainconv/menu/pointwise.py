@@ -23,5 +23,7 @@ def _why_not(request: Request) -> str | None:
 
 
 ALGORITHM = folding(
-    Algorithm("pointwise", _why_not, products.cost, dense.error, products.run, fuses=True, bind=products.bind)
+    Algorithm(
+        "pointwise", _why_not, products.cost, dense.error, products.run, version=2, fuses=True, bind=products.bind
+    )
 )

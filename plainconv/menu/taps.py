@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -378,24 +377,31 @@ def _tables(
 def _places(problem: ConvProblem, sides: tuple[Side, Side, Side], shape: taps.Shape) -> Tensor:
     """Where the sum of each weight of a group is among the group's sums, made up to whole vectors."""
 
-    def tiled(count: int, tile: int) -> list[tuple[int, int]]:
+    def tiled(count: int, tile: int) -> tuple[Tensor, Tensor]:
         """For each of so many: the number of its tile, and its place there; the last tile may overlap."""
+        each = torch.arange(count)
+        number = each // tile
         last = -(-count // tile) - 1
-        return [(i // tile, i % tile) if i < last * tile else (last, i - (count - tile)) for i in range(count)]
+        return number, torch.where(number < last, each % tile, each - (count - tile))
 
     depth, high, width = sides
     tiles = -(-high.kernel // shape.high), -(-width.kernel // shape.wide)
-    places = []
-    for (to, o), c, kd, (ty, ky), (tx, kx) in product(
+    (to, o), (ty, ky), (tx, kx) = (
         tiled(problem.group_out, shape.outputs),
-        range(problem.group_in),
-        range(depth.kernel),
         tiled(high.kernel, shape.high),
         tiled(width.kernel, shape.wide),
-    ):
-        tile = (((to * problem.group_in + c) * depth.kernel + kd) * tiles[0] + ty) * tiles[1] + tx
-        places.append(tile * shape.padded + (o * shape.high + ky) * shape.wide + kx)
-    return torch.tensor(places + [0] * (-len(places) % shape.lanes))
+    )
+    c, kd = torch.arange(problem.group_in), torch.arange(depth.kernel)
+
+    def along(dim: int, values: Tensor) -> Tensor:
+        """The values along one dimension of [o, c, kd, ky, kx]."""
+        return values.view([-1 if dim == d else 1 for d in range(5)])
+
+    tile = along(0, to * problem.group_in) + along(1, c)
+    tile = ((tile * depth.kernel + along(2, kd)) * tiles[0] + along(3, ty)) * tiles[1] + along(4, tx)
+    within = (along(0, o * shape.high) + along(3, ky)) * shape.wide + along(4, kx)
+    places = (tile * shape.padded + within).flatten()
+    return torch.cat([places, places.new_zeros(-len(places) % shape.lanes)])
 
 
 def cost(request: Request) -> Cost:

@@ -106,6 +106,7 @@ TURNED = {
     "3-D, depth alone": "n1 c3 o3 x7x6x20 k3x3x3 s2x1x1 p1 g3",
     "1-D, a long step": "n1 c4 o4 x700 k19 s9 p3 g4",
     "cropped": "n1 c2 o2 x19x90 k3x3 s2 p-2:1x-3:-4 g2",
+    "one row, stride and dilation with a factor": "n1 c4 o4 x1x9 k3x3 s2x1 p2x1 d2x1 g4",
 }
 SMOOTH = {
     name: text
@@ -298,6 +299,8 @@ def test_what_is_refused_is_said(module):
         assert words in module.ALGORITHM.why_not(request(small, direction, dtype, **more))
     gaps = request(ConvProblem.parse("n1 c2 o2 x8x8 k2x2 s3 g2"), Direction.GRAD_INPUT, torch.float32)
     assert "no output reaches" in module.ALGORITHM.why_not(gaps)
+    many = request(ConvProblem.parse("n1 c2 o2 x90x90 k18x18 s9 g2"), Direction.GRAD_INPUT, torch.float32)
+    assert "(9, 9) has more than 64" in module.ALGORITHM.why_not(many)
     wide = request(ConvProblem.parse("n1 c2 o4 x9 k3 g2"), Direction.GRAD_INPUT, torch.float32)
     assert "one output channel a group" in BY_NAME["depthwise"].why_not(wide)
     assert BY_NAME["depthwise"].why_not(request(ConvProblem.parse("n1 c4 o2 x9 k3"), Direction.FORWARD, torch.float32))

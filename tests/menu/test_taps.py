@@ -116,7 +116,14 @@ ODD = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ODD.values(), ids=ODD)
 @pytest.mark.parametrize(
-    "text", ["n2 c6 o2 x9x33 k3x3 p1 s2x1 g2", "n2 c3 o2 x9x13 k1x1", "n3 c6 o6 x5x7 k2x3 mreflect p1 g6"]
+    "text",
+    [
+        "n2 c6 o2 x9x33 k3x3 p1 s2x1 g2",
+        "n2 c3 o2 x9x43 k3x3 p1 s2",
+        "n2 c3 o2 x9x43 k3x3 p2 s2 d2",
+        "n2 c3 o2 x9x13 k1x1",
+        "n3 c6 o6 x5x7 k2x3 mreflect p1 g6",
+    ],
 )
 def test_memory_of_any_strides(text, layout, dtype):
     asked = asked_for(text, dtype)
