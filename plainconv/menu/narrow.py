@@ -8,7 +8,7 @@ output channels of the tile, and each weight, broadcast to all lanes, serves all
 taps along the rows cost 9 loads and 9 weights for 63 multiplications.
 
 Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace
-is room for a weight that is not contiguous.
+is room for a weight that is not contiguous, for the sums of GRAD_WEIGHT, or for a padded gradient (see fold.py).
 """
 
 from __future__ import annotations
