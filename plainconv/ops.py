@@ -286,10 +286,10 @@ def _regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
 
 
 def _as_regular(tensor: Tensor) -> Tensor:
-    """What lies as the same would, without its values."""
+    """What lies as the same would, without its values: nothing is copied to learn how."""
     if 0 not in tensor.stride():
         return tensor
-    return torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 # -- autocast --------------------------------------------------------------------------------------------------------
