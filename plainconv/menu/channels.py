@@ -237,7 +237,6 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         for ready, first, behind in bound:
             launch(ready.kernel, (*given, added + first * size, made + first * size, *behind), ready.tasks, threads)
 
-    call.keeps = bound  # type: ignore[attr-defined]  # the tables that `behind` points to
     return call
 
 

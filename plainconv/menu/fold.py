@@ -126,5 +126,4 @@ def _bind(request: Request, tensors: Tensors, bind: Callable[[Request, Tensors],
         if widens:
             out.copy_(total)
 
-    fold.keeps = call  # type: ignore[attr-defined]
     return fold
