@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from plainconv.bench.calls import Call, Tensors
@@ -81,6 +80,7 @@ def _openvino(layer: Layer, given: Tensors, threads: int) -> Call:
 
 def _opencv(layer: Layer, given: Tensors, threads: int) -> Call:
     import cv2
+    import numpy as np
 
     cv2.setNumThreads(threads)
     network = cv2.dnn.readNetFromONNX(np.frombuffer(_onnx(layer, given), np.uint8))
@@ -119,6 +119,7 @@ def _jax(layer: Layer, given: Tensors, threads: int) -> Call | str:
 
 
 def _scipy(layer: Layer, given: Tensors, threads: int) -> Call | str:
+    import numpy as np
     import scipy.signal
 
     p = layer.problem
