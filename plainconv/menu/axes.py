@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from plainconv.menu.lanes import Side, _shown, folded
+from plainconv.menu import engine
+from plainconv.menu.engine import Side, folded
 from plainconv.problem import ConvProblem, Direction, Pair, Request
 
 
@@ -137,9 +138,9 @@ def work(request: Request) -> Work:
     return Work(request, turned, batch, problem.groups, in_channels, out_channels, tuple(spatial), problem.kernel, mode)
 
 
-def shown(axis: Axis, mode: str) -> list[list[int]]:
+def elements(axis: Axis, mode: str) -> list[list[int]]:
     """[element of the result, tap]: the element that is read, or -1 for a zero or a tap of another phase."""
-    row = _shown(axis, mode, 0, max(axis.out - 1, 0) * axis.stride + axis.reach + 1).tolist()
+    row = engine.shown(axis, mode, 0, max(axis.out - 1, 0) * axis.stride + axis.reach + 1).tolist()
     return [
         [row[i // axis.step * axis.stride + tap.place] if tap.phase == i % axis.step else -1 for tap in axis.taps]
         for i in range(axis.made)
@@ -148,6 +149,6 @@ def shown(axis: Axis, mode: str) -> list[list[int]]:
 
 def inside(axis: Axis, mode: str) -> list[tuple[int, int]]:
     """For each element of the result, the first tap that does not read padding, and how many there are."""
-    each = ([k for k, element in enumerate(row) if element >= 0] for row in shown(axis, mode))
+    each = ([k for k, element in enumerate(row) if element >= 0] for row in elements(axis, mode))
     none = (0, min(1, len(axis.taps))) if axis.step == 1 else (0, 0)
     return [(real[0], real[-1] + 1 - real[0]) if real else none for real in each]

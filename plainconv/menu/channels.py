@@ -17,13 +17,14 @@ from plainconv.cpu import channels
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
+from plainconv.menu import engine
 from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.lanes import Side, _shown, folded, gradients, too_far
+from plainconv.menu.engine import STORED, Side, folded
+from plainconv.menu.lanes import gradients
 from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
 
-STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
 ROWS = 2  # and as many rows, where that many products are not too many
 UNROLLED = 400  # products in a row, at most, where taps along the rows are unrolled
@@ -49,21 +50,12 @@ THREADS_S = 4e-6
 
 def why_not(request: Request) -> str | None:
     """The sentence for what the kernel does not do."""
-    problem = request.problem
-    if sentence := gradients(request):
-        return sentence
-    if request.device != "cpu":
-        return "its kernels are machine code of the CPU, and the tensors are on another device"
-    if request.dtype not in STORED:
-        return f"its kernels compute in floating point, not {str(request.dtype).removeprefix('torch.')}"
-    made, word = problem.group_out, "output"
+    made, word = request.problem.group_out, "output"
     if request.direction is Direction.GRAD_INPUT:
-        made, word = problem.group_in, "input"
+        made, word = request.problem.group_in, "input"
     if made != 1:
         return f"in channels_last it is for one {word} channel a group, and here are {made}"
-    if problem.dims > 3:
-        return "its loops are for at most three dimensions"
-    return too_far(problem) or cpu.why_not()
+    return engine.why_not(request) or gradients(request)
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
@@ -140,7 +132,7 @@ class Prepared:
 
 def _table(side: Side, mode: str) -> Tensor:
     """[out, kernel]: the element that a tap reads for each place of the output, or -1."""
-    taps = [_shown(side, mode, k * side.dilation, side.out, side.stride) for k in range(side.kernel)]
+    taps = [engine.shown(side, mode, k * side.dilation, side.out, side.stride) for k in range(side.kernel)]
     return torch.stack(taps, 1)
 
 
@@ -150,10 +142,10 @@ def _tables(request: Request, shape: channels.Shape, sides: Sides) -> tuple[Tens
     first = (torch.arange(strips) * shape.rows).clamp(max=high.out - shape.rows) * high.stride
     chunk = torch.arange(shape.chunks).view(-1, 1) * (shape.inner * high.dilation)
     wanted = first.view(-1, 1, 1) + chunk + torch.tensor(list(shape.meets))
-    by_row = _shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [strip, chunk, row]
+    by_row = engine.shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [strip, chunk, row]
     places = (width.out - 1) * width.stride + (width.kernel - 1) * width.dilation + 1
     zeros = torch.zeros(request.problem.in_channels + shape.lanes, dtype=request.dtype)
-    return _table(depth, mode), by_row, _shown(width, mode, 0, places), zeros
+    return _table(depth, mode), by_row, engine.shown(width, mode, 0, places), zeros
 
 
 def _cut(width: Side, shape: channels.Shape) -> tuple[int, int, int, int]:

@@ -12,8 +12,8 @@ Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded u
 
 from __future__ import annotations
 
-from plainconv.menu import dense, products
-from plainconv.menu.base import Algorithm
+from plainconv.menu import engine, products
+from plainconv.menu.base import Algorithm, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
@@ -21,9 +21,9 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps == 1:
         return "with a kernel of one tap it is what pointwise is"
-    return dense.why_not(request)
+    return engine.why_not(request)
 
 
 ALGORITHM = folding(
-    Algorithm("direct", _why_not, products.cost, dense.error, products.run, version=2, fuses=True, bind=products.bind)
+    Algorithm("direct", _why_not, products.cost, sum_error, products.run, version=2, fuses=True, bind=products.bind)
 )

@@ -16,22 +16,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plainconv.border import runs
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
+from plainconv.menu import engine
 from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, workspace_bytes
+from plainconv.menu.engine import STORED, Side, folded
 from plainconv.menu.parts import Part, parts
-from plainconv.problem import ConvProblem, Direction, Pair, Request
+from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
-
-STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 
 # Tiles are chosen, and calls estimated, by these.  Cycles are those in which a vector of the widest kind is multiplied
 # and added; fitted to the layers of the suites on one core with AVX-512.
@@ -53,7 +52,6 @@ BYTES_PER_SECOND = 13e9  # a thread, of memory
 LAUNCH_S = 6e-6  # from Python to the kernel and back
 THREADS_S = 2e-6  # waking torch's threads
 
-MOST_PLACES = 1 << 20  # skipped at once along a dimension
 ROWS = 14  # of a tile, at most
 MOST_PARTS = 64  # of a gradient for the input: each has its own kernel
 HIGH = (14, 7, 4, 2, 1)  # and of a high picture: the maps of most networks are 7 * 2^n high, and others leave few idle
@@ -79,48 +77,6 @@ class Tile(NamedTuple):
     inner: int
 
 
-class Side(NamedTuple):
-    """One dimension of a folded problem."""
-
-    size: int
-    kernel: int
-    stride: int
-    padding: Pair
-    dilation: int
-    out: int
-
-    @property
-    def plain(self) -> bool:
-        """Whether the kernel does not move along it."""
-        return self.kernel == 1 and self.stride == 1 and self.padding == (0, 0) and self.out == self.size
-
-
-@lru_cache(4096)
-def folded(problem: ConvProblem, merge: bool = True) -> tuple[Side, Side, Side]:
-    """Depth, rows and width of a problem of at most three dimensions; merge: plain neighbours become one dimension."""
-    parts = (problem.spatial, problem.kernel, problem.stride, problem.padding, problem.dilation, problem.out)
-    sides: list[Side] = []
-    for part in zip(*parts, strict=True):
-        side = Side(*part)
-        if side.out == 1:  # no second place to stride to
-            side = side._replace(stride=1)
-        if merge and sides and sides[-1].plain and side.plain:
-            size = sides.pop().size * side.size
-            side = side._replace(size=size, out=size)
-        sides.append(side)
-    one = Side(1, 1, 1, (0, 0), 1, 1)
-    depth, high, width = (one,) * (3 - len(sides)) + tuple(sides)
-    return depth, high, width
-
-
-def too_far(problem: ConvProblem) -> str | None:
-    """The sentence for what tables of every place cannot be made of: places far outside, or far apart."""
-    for side in folded(problem, False):
-        if max(*map(abs, side.padding), (side.kernel - 1) * side.dilation, side.stride) > MOST_PLACES:
-            return f"its tables list every place, and padding, dilation or stride skip more than {MOST_PLACES} of them"
-    return None
-
-
 def gradients(request: Request) -> str | None:
     """The sentence for gradients for the input that are not made of parts."""
     if request.direction is not Direction.GRAD_INPUT:
@@ -128,24 +84,16 @@ def gradients(request: Request) -> str | None:
     problem = request.problem
     if math.prod(min(*sides) for sides in zip(problem.stride, problem.spatial, strict=True)) > MOST_PARTS:
         return f"it makes a convolution for each phase of the stride, and {problem.stride} has more than {MOST_PARTS}"
-    if too_far(problem) is None and parts(request) is None:
+    if parts(request) is None:
         return "no output reaches some places of the gradient, and its kernels have nothing to sum there"
     return None
 
 
 def why_not(request: Request) -> str | None:
     """The sentence for what no kernel of this kind does."""
-    if sentence := gradients(request):
-        return sentence
-    if request.device != "cpu":
-        return "its kernels are machine code of the CPU, and the tensors are on another device"
-    if request.dtype not in STORED:
-        return f"its kernels compute in floating point, not {str(request.dtype).removeprefix('torch.')}"
     if request.channels_last:
         return "its lanes are neighbours along the width, and channels_last has channels there"
-    if request.problem.dims > 3:
-        return "its loops are for at most three dimensions"
-    return too_far(request.problem) or cpu.why_not()
+    return engine.why_not(request) or gradients(request)
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
@@ -340,24 +288,6 @@ class Prepared:
     tasks: int
 
 
-class Row(Protocol):
-    """Elements in a row, and what they are padded with."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def padding(self) -> Pair: ...
-
-
-def _shown(side: Row, mode: str, start: int, count: int, step: int = 1) -> Tensor:
-    """For places start, start + step, ... of the padded input, the element that each shows, or -1."""
-    shown = torch.full((count,), -1, dtype=torch.int64)
-    for run in runs(side.size, side.padding, mode, start, count, step):
-        if run.source >= 0:
-            shown[run.at : run.at + run.length] = run.source + run.step * torch.arange(run.length)
-    return shown
-
-
 def _masks(width: Side, shape: rows.Shape, parts: Cut) -> Tensor:
     """For each column at an edge, `pitch` masks: of what is stored, and of vectors from each place behind its first."""
     step = shape.lanes * width.stride
@@ -377,7 +307,7 @@ def _bits_below(count: Tensor, lanes: int) -> Tensor:
 def _tables(request: Request, shape: rows.Shape, parts: Cut, sides: Sequence[Side]) -> tuple[Tensor, ...]:
     """Which element each place shows, for depth, rows and width; the masks; and the row of zeros, if one is needed."""
     (depth, high, width), mode = sides, request.problem.padding_mode
-    taps = [_shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
+    taps = [engine.shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
     by_depth = torch.stack(taps, 1)  # [depth, tap]
     if shape.thick:  # before them: the first tap that shows an element, and how many do
         shows = (by_depth >= 0).to(torch.int64)
@@ -385,11 +315,11 @@ def _tables(request: Request, shape: rows.Shape, parts: Cut, sides: Sequence[Sid
     first = (torch.arange(parts.blocks) * shape.rows).clamp(max=high.out - shape.rows) * high.stride
     chunk = torch.arange(shape.chunks).view(-1, 1) * (shape.inner * high.dilation)
     wanted = first.view(-1, 1, 1) + chunk + torch.tensor(shape.places)
-    by_row = _shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [block, chunk, place]
+    by_row = engine.shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [block, chunk, place]
     by_width = by_depth[:0]
     if shape.sides == "table":
         last = (-(-width.out // shape.lanes) * shape.lanes - 1) * width.stride + (width.kernel - 1) * width.dilation
-        by_width = _shown(width, mode, 0, last + 1)
+        by_width = engine.shown(width, mode, 0, last + 1)
     zeros = torch.zeros(width.size if bool((by_row < 0).any()) else 0, dtype=request.dtype)
     return by_depth, by_row, by_width, _masks(width, shape, parts), zeros
 

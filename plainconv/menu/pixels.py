@@ -16,8 +16,9 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import pixels, weights
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
+from plainconv.menu import engine
 from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.lanes import STORED, Side, _shown, folded
+from plainconv.menu.engine import STORED, Side, folded
 from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
@@ -148,10 +149,10 @@ def _tables(
     """Bytes from an image to a depth [out, tap], a padded row, a padded column, or -1; and the zeros of the border."""
     depth, high, width = sides
     mode, size = request.problem.padding_mode, request.dtype.itemsize
-    by_tap = [_shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
+    by_tap = [engine.shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
     shown = [torch.stack(by_tap, 1)]
     for side in (high, width):
-        shown.append(_shown(side, mode, 0, (side.out - 1) * side.stride + (side.kernel - 1) * side.dilation + 1))
+        shown.append(engine.shown(side, mode, 0, (side.out - 1) * side.stride + (side.kernel - 1) * side.dilation + 1))
     tables = [torch.where(s < 0, -1, s * (stride * size)) for s, stride in zip(shown, strides, strict=True)]
     return *tables, torch.zeros(lanes_, dtype=request.dtype)
 
@@ -175,7 +176,7 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a weight's gradient, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
-        return _zeros
+        return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled = ready.settled.data_ptr()
 
@@ -186,7 +187,3 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, threads)
 
     return call
-
-
-def _zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:
-    out.zero_()

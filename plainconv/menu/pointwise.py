@@ -10,8 +10,8 @@ Cost: n * o * c/g * out multiplies, places (or output channels) rounded up to la
 
 from __future__ import annotations
 
-from plainconv.menu import dense, products
-from plainconv.menu.base import Algorithm
+from plainconv.menu import engine, products
+from plainconv.menu.base import Algorithm, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
@@ -19,11 +19,9 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps != 1:
         return f"it is for kernels of one tap, and this one has {request.problem.taps}"
-    return dense.why_not(request)
+    return engine.why_not(request)
 
 
 ALGORITHM = folding(
-    Algorithm(
-        "pointwise", _why_not, products.cost, dense.error, products.run, version=2, fuses=True, bind=products.bind
-    )
+    Algorithm("pointwise", _why_not, products.cost, sum_error, products.run, version=2, fuses=True, bind=products.bind)
 )

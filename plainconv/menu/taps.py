@@ -20,8 +20,9 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import taps
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
+from plainconv.menu import engine
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
-from plainconv.menu.lanes import STORED, Side, _shown, folded
+from plainconv.menu.engine import STORED, Side, folded, padded, summed
 from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
 
@@ -93,11 +94,6 @@ class Sizes(NamedTuple):
     column_blocks: int
 
 
-def _element(request: Request) -> tuple[str, int]:
-    """Type of the sums, and its bytes."""
-    return ("double", 8) if request.dtype is torch.float64 else ("float", 4)
-
-
 def _even(count: int, most: int) -> int:
     """The largest of equal parts of so many, none of which is larger than `most`."""
     count = max(count, 1)
@@ -121,10 +117,6 @@ def _tiles(request: Request, sides: tuple[Side, Side, Side], registers: int, lan
                         yield Tile(outputs, tall, wide, one)
 
 
-def _padded(count: int, to: int) -> int:
-    return -(-count // to) * to
-
-
 def _columns(width: Side, lanes: int, wide: int) -> tuple[int, int, int]:
     """Vectors of a row: all, at the left edge, and inside."""
     count, step = -(-width.out // lanes), lanes * width.stride
@@ -143,7 +135,7 @@ def _gathers(width: Side, mode: str) -> bool:
 def _rows_cycles(request: Request, sides: tuple[Side, Side, Side], tile: Tile, count: int, lanes: int) -> float:
     """Cycles of so many rows of a column, for a tile."""
     _, high, width = sides
-    convert = CONVERT if _element(request)[1] != request.dtype.itemsize else 0.0
+    convert = CONVERT if summed(request)[1] != request.dtype.itemsize else 0.0
     seen = len({r * high.stride + k * high.dilation for r in range(count) for k in range(tile.high)})
     if _gathers(width, request.problem.padding_mode):
         each = tile.wide * lanes * GATHER
@@ -162,7 +154,7 @@ def way(request: Request, merge: bool) -> Way:
     """The way to cut a request: the cheapest tile for its rows, and items that are neither long nor few."""
     problem, target = request.problem, cpu.Target.host()
     sides = depth, high, width = folded(problem, merge)
-    size, threads = _element(request)[1], max(request.threads, 1)
+    size, threads = summed(request)[1], max(request.threads, 1)
     lanes = min(target.bits // 8 // size, max(16 // size, 1 << (width.out - 1).bit_length()))
 
     def tiles(tile: Tile) -> int:
@@ -186,7 +178,7 @@ def way(request: Request, merge: bool) -> Way:
     if tiles(tile) > 1:
         row_bytes = (problem.group_in * high.stride * width.size + problem.group_out * width.out) * size
         most = max(min(most, ITEM_BYTES // max(row_bytes, 1)), 1)
-    block_rows, block_planes = min(high.out, _padded(most, tile.rows)), max(1, min(planes, most // high.out))
+    block_rows, block_planes = min(high.out, padded(most, tile.rows)), max(1, min(planes, most // high.out))
 
     # Threads share the groups, if these come out even, or else the items, of which there are to be enough.
     parts = max(part for part in range(1, threads + 1) if threads % part == 0 and part <= problem.groups)
@@ -195,7 +187,7 @@ def way(request: Request, merge: bool) -> Way:
     wanted = ITEMS * threads if parts < threads else 1
     block_planes = max(1, min(block_planes, planes * -(-high.out // block_rows) // wanted))
     wanted = -(-wanted // max(-(-planes // block_planes), 1))
-    block_rows = min(block_rows, _padded(-(-high.out // wanted), tile.rows))
+    block_rows = min(block_rows, padded(-(-high.out // wanted), tile.rows))
     wanted = -(-wanted // -(-high.out // block_rows))
     block_columns = min(block_columns, max(-(-columns // wanted), LEAST_COLUMNS))
     items = -(-planes // block_planes) * -(-high.out // block_rows) * -(-columns // block_columns)
@@ -234,7 +226,7 @@ def _bytes(request: Request) -> int:
     for merge in (True, False):
         one = way(request, merge)
         unit = _sizes(request, one, folded(request.problem, merge)).unit
-        most = max(most, one.chunks * request.problem.groups * unit * _element(request)[1])
+        most = max(most, one.chunks * request.problem.groups * unit * summed(request)[1])
     return -(-most // ALIGNMENT) * ALIGNMENT
 
 
@@ -282,7 +274,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
     counts = _sizes(request, one, sides)
     x_depth, x_row, x_col = _apart(x_strides[2:], (depth.size, high.size, width.size), merge)
     y_depth, y_row, y_col = _apart(y_strides[2:], (depth.out, high.out, width.out), merge)
-    element, _ = _element(request)
+    element, _ = summed(request)
     shape = taps.Shape(
         element=element,
         stored=STORED[request.dtype],
@@ -359,16 +351,16 @@ def _tables(
     """What the kernel looks up: bytes to a depth and to a row, elements of a row, zeros; and where sums are."""
     depth, high, width = sides
     mode, size = request.problem.padding_mode, request.dtype.itemsize
-    by_tap = [_shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
+    by_tap = [engine.shown(depth, mode, k * depth.dilation, depth.out, depth.stride) for k in range(depth.kernel)]
     by_depth = torch.stack(by_tap, 1)  # [depth, tap]
-    by_row = _shown(high, mode, 0, (high.out - 1) * high.stride + (high.kernel - 1) * high.dilation + 1)
+    by_row = engine.shown(high, mode, 0, (high.out - 1) * high.stride + (high.kernel - 1) * high.dilation + 1)
     by_depth, by_row = (
         torch.where(shown < 0, -1, shown * (step * size)) for shown, step in zip((by_depth, by_row), apart, strict=True)
     )
     by_width = by_depth[:0, 0]
     if shape.table:
         columns = -(-width.out // shape.lanes) * shape.lanes
-        by_width = _shown(width, mode, 0, (columns - 1) * width.stride + (width.kernel - 1) * width.dilation + 1)
+        by_width = engine.shown(width, mode, 0, (columns - 1) * width.stride + (width.kernel - 1) * width.dilation + 1)
     bordered = bool((by_row < 0).any()) or bool((by_depth < 0).any())
     zeros = torch.zeros(width.size if bordered and not shape.table else 0, dtype=request.dtype)
     return by_depth, by_row, by_width, zeros, _places(request.problem, sides, shape)
@@ -417,7 +409,7 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a weight's gradient, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
-        return _zeros
+        return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled = ready.settled.data_ptr()
 
@@ -428,7 +420,3 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.groups, threads)
 
     return call
-
-
-def _zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:
-    out.zero_()

@@ -22,11 +22,11 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import gather, weights
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
-from plainconv.menu import dense
-from plainconv.menu.axes import Axes, shown, work
+from plainconv.menu import cuts, engine
+from plainconv.menu.axes import Axes, elements, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
-from plainconv.menu.dense import STORED, Strip, Tile, strip_of
-from plainconv.menu.lanes import _shown
+from plainconv.menu.cuts import Strip, Tile, strip_of
+from plainconv.menu.engine import STORED, padded, summed
 from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
 
@@ -74,20 +74,11 @@ class Way(NamedTuple):
         return self.tile.vectors * self.lanes
 
 
-def _padded(count: int, to: int) -> int:
-    return -(-count // to) * to
-
-
-def _element(request: Request) -> tuple[str, int]:
-    """Type of the sums, and its bytes."""
-    return ("double", 8) if request.dtype is torch.float64 else ("float", 4)
-
-
 def _tiles(problem: ConvProblem, lanes: int, registers: int) -> Iterator[Tile]:
     """Tiles that fit the registers; even ones: 27 scalars are 4 times 7, not 8, 8, 8 and 3."""
     scalars, vectors = max(problem.group_in, 1) * problem.taps, max(-(-problem.group_out // lanes), 1)
     for wide in sorted({-(-vectors // count) for count in range(1, vectors + 1) if -(-vectors // count) <= 4} | {1}):
-        most = min((registers - 2 - wide) // wide, dense.MOST_SCALARS)
+        most = min((registers - 2 - wide) // wide, cuts.MOST_SCALARS)
         if most >= 1:
             yield Tile(-(-scalars // -(-scalars // most)), wide)
 
@@ -106,8 +97,8 @@ def _blocks(axes: Axes) -> Iterator[tuple[int, int, bool]]:
 def _strip_pitches(strip: Strip, size: int, lanes: int, channels: int) -> tuple[int, int]:
     """From a channel of the strip to the next, or from a place to the next if channels lie side by side."""
     line = ALIGNMENT // size
-    by_row = _padded(strip.slots * strip.length + lanes, line)
-    return by_row | line, _padded(channels, line) | line
+    by_row = padded(strip.slots * strip.length + lanes, line)
+    return by_row | line, padded(channels, line) | line
 
 
 @lru_cache(4096)
@@ -121,31 +112,31 @@ def way(request: Request, merge: bool) -> Way:
 def _ways(request: Request, merge: bool) -> Iterator[Way]:
     problem, target = request.problem, cpu.Target.host()
     axes = depth, high, width = work(request).axes(merge)
-    size, threads = _element(request)[1], max(request.threads, 1)
+    size, threads = summed(request)[1], max(request.threads, 1)
     lanes = target.bits // 8 // size
-    while lanes > 16 // size and 1.1 * _padded(problem.group_out, lanes // 2) < _padded(problem.group_out, lanes):
+    while lanes > 16 // size and 1.1 * padded(problem.group_out, lanes // 2) < padded(problem.group_out, lanes):
         lanes //= 2
     bits = lanes * size * 8
     vector = 1.0 if bits > 256 else 0.5 * (1.1 if bits < target.bits else 1.0)
     planes = depth.out * problem.batch
     for rows, cols, whole in dict.fromkeys(_blocks(axes)):
         strip = strip_of(axes, rows, cols, whole)
-        cuts = depth.out * -(-high.out // rows) * -(-width.out // cols)
+        pieces = depth.out * -(-high.out // rows) * -(-width.out // cols)
         images = max(1, min(problem.batch, PLACES // max(rows * cols, 1)))
         by_row, _ = _strip_pitches(strip, size, lanes, problem.group_in)
         most = max(1, min(STRIP_BYTES, request.max_workspace // (4 * threads)) // (images * by_row * size))
         channels = -(-problem.group_in // max(1, -(-problem.group_in // most)))
         channel_blocks = -(-problem.group_in // max(channels, 1))
-        blocks = cuts * -(-problem.batch // images)
+        blocks = pieces * -(-problem.batch // images)
         places = planes * high.out * width.out
         if request.channels_last:
-            copies = strip.slots * strip.length * (-(-channels // lanes) * dense.COPY + dense.PIXEL)
+            copies = strip.slots * strip.length * (-(-channels // lanes) * cuts.COPY + cuts.PIXEL)
             turn = MOVE
         else:
-            copies = channels * strip.slots * -(-strip.length // lanes) * dense.COPY * min(width.stride, 8)
+            copies = channels * strip.slots * -(-strip.length // lanes) * cuts.COPY * min(width.stride, 8)
             turn = TURN
-        gathers = cuts * problem.batch * copies
-        gathers += cuts * strip.slots * -(-strip.length // lanes) * dense.ENTRY
+        gathers = pieces * problem.batch * copies
+        gathers += pieces * strip.slots * -(-strip.length // lanes) * cuts.ENTRY
         for tile in _tiles(problem, lanes, target.registers):
             tiles = -(-problem.group_out // (tile.vectors * lanes))
             count, sums = -(-channels * problem.taps // tile.scalars), tile.scalars * tile.vectors
@@ -177,26 +168,26 @@ class Room(NamedTuple):
 
 def _room(request: Request, way: Way, source: str) -> Room:
     """How large everything is, if the strip is gathered from there."""
-    problem, size = request.problem, _element(request)[1]
+    problem, size = request.problem, summed(request)[1]
     line, slots, length = ALIGNMENT // size, way.strip.slots, way.strip.length
     by_row, by_pixel = _strip_pitches(way.strip, size, way.lanes, way.channels)
     pixels = source == "pixels"
-    strip = slots * length * by_pixel if pixels else _padded(way.channels * by_row, line)
+    strip = slots * length * by_pixel if pixels else padded(way.channels * by_row, line)
     turned = way.images * strip
     entries = turned + (way.images * way.rows * way.cols + way.lanes) * way.width
     copies = slots * (length if pixels else -(-length // way.lanes))
-    share = entries + _padded(8 * copies * gather.MOST_FIELDS, ALIGNMENT) // size
-    unit = _padded(way.channels * problem.taps, way.tile.scalars) * way.width
+    share = entries + padded(8 * copies * gather.MOST_FIELDS, ALIGNMENT) // size
+    unit = padded(way.channels * problem.taps, way.tile.scalars) * way.width
     units = problem.groups * -(-problem.group_in // max(way.channels, 1)) * -(-problem.group_out // way.width)
     pitch, place = (by_pixel, by_pixel) if pixels else (by_row, 1)
-    return Room(pitch, place, strip, turned, entries, _padded(share, line), unit, units * unit)
+    return Room(pitch, place, strip, turned, entries, padded(share, line), unit, units * unit)
 
 
 def _bytes(request: Request, way: Way) -> int:
     """Of the workspace, however the tensors lie in memory."""
     rooms = [_room(request, way, source) for source in ("rows", "pixels")]
     share = max(room.share for room in rooms)
-    return (way.chunks * rooms[0].chunk + way.parts * way.chunks * share) * _element(request)[1]
+    return (way.chunks * rooms[0].chunk + way.parts * way.chunks * share) * summed(request)[1]
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
@@ -259,7 +250,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         source = "rows"
     else:
         source = "pixels" if x_channel == 1 else "table"
-    element, size = _element(request)
+    element, size = summed(request)
     shape = weights.Shape(
         element=element,
         stored=STORED[request.dtype],
@@ -303,7 +294,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         "group_out": problem.group_out,
         "block_channels": one.channels,
         "taps": problem.taps,
-        "last_factors": _padded(one.channels * problem.taps, one.tile.scalars),
+        "last_factors": padded(one.channels * problem.taps, one.tile.scalars),
         "x_image": x_strides[0],
         "x_channel": x_channel,
         "x_depth": x.depth,
@@ -371,11 +362,11 @@ on_forget(prepare.cache_clear)
 def _tables(mode: str, axes: Axes, one: Way, source: str, factors: list[int]) -> tuple[Tensor, tuple[int, ...]]:
     """The tables of the kernel, one behind the other, and where each begins."""
     depth, high, width = axes
-    rows = (_padded(high.out, one.rows) - 1) * high.stride + high.reach + 1
-    cols = (_padded(width.out, one.cols) + one.strip.length + one.lanes) * width.stride + width.reach + 1
-    by_row, by_col = _shown(high, mode, 0, rows), _shown(width, mode, 0, cols if source != "rows" else 0)
+    rows = (padded(high.out, one.rows) - 1) * high.stride + high.reach + 1
+    cols = (padded(width.out, one.cols) + one.strip.length + one.lanes) * width.stride + width.reach + 1
+    by_row, by_col = engine.shown(high, mode, 0, rows), engine.shown(width, mode, 0, cols if source != "rows" else 0)
     reach = [[0, 0, 0, one.strip.slots]] * depth.out  # what lies in the padding is gathered, too: zeros
-    numbers = (one.strip.rows(), factors, reach, shown(depth, mode))
+    numbers = (one.strip.rows(), factors, reach, elements(depth, mode))
     parts = [*(torch.tensor(table).flatten() for table in numbers), by_row, by_col]
     tables = torch.cat(parts)
     begins, begin = [], tables.data_ptr()
@@ -389,8 +380,8 @@ def cost(request: Request) -> Cost:
     """Cycles of the kernel, or memory, whichever is longer, and the calls."""
     problem, one = request.problem, way(request, True)
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
-    memory = moved / (dense.CACHED if moved < dense.CACHE else dense.BYTES_PER_SECOND)
-    seconds = max(one.cycles / dense.CYCLES_PER_SECOND, memory) + LAUNCHES_S
+    memory = moved / (cuts.CACHED if moved < cuts.CACHE else cuts.BYTES_PER_SECOND)
+    seconds = max(one.cycles / cuts.CYCLES_PER_SECOND, memory) + LAUNCHES_S
     workspace = max(_bytes(request, way(request, merge)) for merge in (True, False))
     return Cost(problem.multiplies, moved, workspace, seconds)
 
@@ -398,7 +389,7 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a weight's gradient, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
-        return _zeros
+        return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled = ready.settled.data_ptr()
 
@@ -410,7 +401,3 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, threads)
 
     return call
-
-
-def _zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:
-    out.zero_()

@@ -13,7 +13,7 @@ from guarded import guarded
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
 from plainconv.cpu.emit import natives
-from plainconv.menu import axes, dense, direct, pointwise
+from plainconv.menu import axes, cuts, dense, direct, pointwise
 from plainconv.menu.base import Tensors
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
@@ -71,7 +71,7 @@ def in_channels_last(tensor):
 
 
 def forget():
-    for cached in (dense.kind, dense.layout, dense.natural, dense.workspace_bytes, dense.prepare, axes.work):
+    for cached in (cuts.kind, cuts.layout, cuts.natural, dense.workspace_bytes, dense.prepare, axes.work):
         cached.cache_clear()
 
 
@@ -106,10 +106,10 @@ def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
     """Where pixels lie in one piece, their taps may be read through a list, whatever the estimates say of it."""
     as_if(bits)
     asked = asked_for(text, dtype, channels_last=True, has_bias=True)
-    if dtype is torch.bfloat16 and not dense.kind(axes.work(asked)).pairs:
+    if dtype is torch.bfloat16 and not cuts.kind(axes.work(asked)).pairs:
         pytest.skip("single numbers of half types are converted, which is done when they are gathered")
-    listed = dense.layout(axes.work(asked), True, dense.Reads.LIST)
-    monkeypatch.setattr(dense, "natural", lru_cache(lambda *_: listed))
+    listed = cuts.layout(axes.work(asked), True, cuts.Reads.LIST)
+    monkeypatch.setattr(cuts, "natural", lru_cache(lambda *_: listed))
     for layout in (in_channels_last, ODD["a window of pixels"]):
         check(algorithm_for(text), asked, integers, layout)
 
@@ -193,7 +193,7 @@ def test_no_zeros_are_multiplied():
         seen = axes.work(asked_for(text, direction=Direction.GRAD_INPUT))
         for axis in seen.axes(False):
             assert sorted(tap.number for tap in axis.taps) == sorted({tap.number for tap in axis.taps})
-            assert all(any(row[k] >= 0 for row in axes.shown(axis, "zeros")) for k in range(len(axis.taps)))
+            assert all(any(row[k] >= 0 for row in axes.elements(axis, "zeros")) for k in range(len(axis.taps)))
 
 
 @every_type

@@ -1,0 +1,338 @@
+"""How `direct` and `pointwise` cut a convolution into blocks, and what each way to cut costs.
+
+A block is some whole rows of the output, or a part of one row; its strip holds what all taps of the block read.  Which
+of the two, and how large, is the cheapest by a count of cycles: gathering, products with the lanes that stay idle, and
+the weight read again for each block.  Where the channels of a pixel lie side by side there may be no strip, but a list
+of where each tap of each place is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import Enum
+from functools import lru_cache
+from itertools import accumulate, product
+from typing import NamedTuple
+
+import torch
+
+from plainconv.cpu import compile as cpu
+from plainconv.cpu.emit import natives
+from plainconv.menu.axes import Axes, Axis, Work
+from plainconv.menu.base import ALIGNMENT
+from plainconv.menu.engine import STORED, padded
+
+STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
+MOST_STRIP_BYTES = 16 << 20
+PARTS = 16  # of the output channels, at most, so that threads get equal shares
+MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
+PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
+
+# Cycles, fitted to some 1,000 measured ways of 78 layers on one core with AVX-512; they rank ways and algorithms.
+CYCLES_PER_SECOND = 3.67e9
+PRODUCT = 1.01  # a vector multiplied and added
+STEP = 0.4  # what a step of a tile costs beside its products
+LOAD = 0.05  # and beside each vector it loads
+UNALIGNED = 1.2  # more, if vectors begin anywhere in a line of the cache
+BROADCAST = 1.3  # a scalar, which is what tiles of one vector wait for
+FIRST = 3.2  # a vector's beginning and end
+COPY = 3.2  # a vector gathered
+TILE = 7.6  # a tile's beginning and end
+ENTRY = 14.0  # an entry in the list of what to copy
+PIXEL = 6.0  # a pixel gathered
+LISTED = 4.0  # an entry in the list of where taps are
+TAP = 6.0  # a tap of a tile, if taps are listed
+ADDRESS = 1.5  # and of each of its scalars
+SLOT = 3.0  # a row of a channel in the strip
+RUN = 20.0  # a piece of a channel, in or out, behind which memory goes on elsewhere
+BLOCK = 100.0  # a block's beginning and end
+FAR = 1.08  # a strip that the core's own cache does not keep
+NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
+FAR_BYTES = 2.7  # and of a larger one
+FAR_WEIGHT = 4 << 20
+SCATTER = 2.0  # a number of the result that lies apart from its neighbours
+HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
+BYTES_PER_SECOND = 25e9  # of memory
+CACHED = 100e9  # of the cache that cores share
+CACHE = 16 << 20
+LAUNCH_S = 6e-6
+THREADS_S = 4e-6
+
+
+# -- strips ----------------------------------------------------------------------------------------------------------
+
+
+class Strip(NamedTuple):
+    """Rows of the padded input that the places of a block read.
+
+    runs    (tap of the depth, row, column, count): so many rows, `step` apart, the first so far from the block's corner
+    length  places of each row
+    taps    how far each tap's places are shifted in the strip
+    """
+
+    runs: tuple[tuple[int, int, int, int], ...]
+    step: int
+    length: int
+    taps: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        """How many rows there are."""
+        return sum(count for *_, count in self.runs)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """(tap of the depth, row, column) where each begins."""
+        return [(z, y + i * self.step, x) for z, y, x, count in self.runs for i in range(count)]
+
+
+def strip_of(axes: Axes, rows: int, cols: int, whole: bool) -> Strip:
+    """The strip of a block of `rows` x `cols` places: `whole` rows of the output, or a part of one."""
+    depth, high, width = axes
+    taps = [(z, y.place, x.place) for z, y, x in product(range(len(depth.taps)), high.taps, width.taps)]
+    if whole:
+        # A copy of the rows for each place along the width; taps of the rows share the copy of their stride's phase.
+        last: dict[tuple[int, int, int], int] = {}
+        for z, y, x in taps:
+            key = z, y % high.stride, x
+            last[key] = max(last.get(key, 0), y // high.stride)
+        runs = tuple((*key, rows + shift) for key, shift in last.items())
+        begins = dict(zip(last, accumulate((count for *_, count in runs), initial=0), strict=False))
+        shifts = [(begins[z, y % high.stride, x] + y // high.stride) * cols for z, y, x in taps]
+        return Strip(runs, high.stride, cols, tuple(shifts))
+    # A part of one row: taps along the width are shifts in the copy of their stride's phase.
+    keys = {key: i for i, key in enumerate(dict.fromkeys((z, y, x % width.stride) for z, y, x in taps))}
+    length = cols + width.reach // width.stride
+    shifts = [keys[z, y, x % width.stride] * length + x // width.stride for z, y, x in taps]
+    return Strip(tuple((*key, 1) for key in keys), 1, length, tuple(shifts))
+
+
+def list_of(axes: Axes, rows: int, cols: int) -> Strip:
+    """The same where nothing is gathered: for each tap, where it is for every place of a block."""
+    depth, high, width = axes
+    runs = tuple((z, y.place, x.place, 1) for z, y, x in product(range(len(depth.taps)), high.taps, width.taps))
+    return Strip(runs, 1, rows * cols, tuple(range(0, len(runs) * rows * cols, rows * cols)))
+
+
+def _reach_of(axis: Axis, count: int) -> int:
+    """How many places of the input so many of the output read along a side."""
+    return min((count - 1) * axis.stride + axis.reach + 1, axis.size)
+
+
+# -- how to cut ------------------------------------------------------------------------------------------------------
+
+
+class Reads(Enum):
+    """What a product reads: a strip gathered before, the input as it lies, or the input through a list of its taps."""
+
+    STRIP = "strip"
+    INPUT = "input"
+    LIST = "list"
+
+
+class Tile(NamedTuple):
+    """Registers of sums: broadcast scalars x vectors."""
+
+    scalars: int
+    vectors: int
+
+
+class Layout(NamedTuple):
+    """A way to cut a request: rows and columns of a block, its strip and its tile, and what it costs."""
+
+    rows: int
+    cols: int
+    strip: Strip
+    tile: Tile
+    lanes: int
+    reads: Reads
+    parts: int  # of the output channels
+    shares: int  # threads at most, each with a strip
+    cycles: float  # of the thread with the most to do
+
+
+class Kind(NamedTuple):
+    """What follows from a request alone: roles and types."""
+
+    places: bool  # are the lanes, else the output channels
+    pairs: bool
+    element: str
+    size: int  # bytes of an element, or of a pair
+    channels: int  # of a group, or pairs of them
+    native: frozenset[str]
+
+
+@lru_cache(4096)
+def kind(work: Work) -> Kind:
+    """Roles and types of a request."""
+    native, request = natives(cpu.Target.host()), work.request
+    places, channels = not request.channels_last, work.group_in
+    pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or (places and channels > 1))
+    element = "double" if request.dtype is torch.float64 else "float"
+    channels = -(-channels // 2) if pairs else channels
+    return Kind(places, pairs, element, 8 if element == "double" else 4, channels, native)
+
+
+def _lanes(work: Work, target: cpu.Target) -> int:
+    """Lanes of the widest register, or of half of it where that leaves many fewer of them idle."""
+    is_ = kind(work)
+    lanes = target.bits // 8 // is_.size
+    along = math.prod(axis.out for axis in work.axes()) if is_.places else work.group_out
+    while lanes > 16 // is_.size and HALF_REGISTER * padded(along, lanes // 2) < padded(along, lanes):
+        lanes //= 2
+    return lanes
+
+
+def _tiles(scalars: int, vectors: int, spare: int) -> Iterator[Tile]:
+    """Tiles that fit the registers to spare; even ones: 10 scalars are 5 and 5, not 8 and 2."""
+    for wide in sorted({min(wide, vectors) for wide in (1, 2, 3, 4, 6, 8)}):
+        most = min((spare - wide) // wide, MOST_SCALARS)
+        if most >= 1:
+            yield Tile(-(-scalars // -(-scalars // most)), wide)
+
+
+def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: float, load: float, listed: float) -> float:
+    """Of the product of `scalars` x `vectors`, each a sum over `steps`, for which `listed` taps are looked up."""
+    whole, single = divmod(vectors, tile.vectors)
+
+    def step(wide: int) -> float:
+        sums = max(tile.scalars * wide, 8)  # fewer wait for each other
+        return max(PRODUCT * sums, BROADCAST * tile.scalars) + STEP + load * wide
+
+    sums = tile.scalars * (whole * tile.vectors + single)
+    return -(-scalars // tile.scalars) * (
+        steps * (whole * step(tile.vectors) + single * step(1))
+        + FIRST * sums
+        + (TILE + listed * (TAP + tile.scalars * ADDRESS)) * (whole + single)
+    )
+
+
+def _blocks(axes: Axes, lanes: int) -> Iterator[tuple[int, int, bool]]:
+    """Rows, columns, and whether rows are whole, of the blocks to choose from."""
+    _, high, width = axes
+    for count in sorted({max(1, round(width.out / places)) for places in PLACES}):
+        yield 1, min(padded(-(-width.out // count), lanes), width.out), False
+    if high.out > 1:
+        for count in sorted({min(max(1, round(high.out * width.out / places)), high.out) for places in PLACES}):
+            yield -(-high.out // count), width.out, True
+
+
+@lru_cache(4096)
+def layout(work: Work, merge: bool, reads: Reads) -> Layout:
+    """The cheapest way whose strips fit the workspace; the one of the smallest strip, if none does."""
+    found = ways(work, merge, reads)
+    limit = min(work.request.max_workspace // (2 * max(work.request.threads, 1)), MOST_STRIP_BYTES)
+    fit = [one for strip_bytes, one in found if strip_bytes <= limit]
+    return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
+
+
+def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
+    """All ways to cut a request that are worth a thought, with the bytes of their strips."""
+    request, target, is_ = work.request, cpu.Target.host(), kind(work)
+    axes = depth, high, width = work.axes(merge)
+    lanes = _lanes(work, target)
+    register = lanes * is_.size * 8
+    vector = 1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0)  # cycles
+    spare = target.registers - (2 if target.fma else 3)
+    all_phases = phases(axes)
+    weight = work.group_out * is_.channels * work.taps * is_.size
+    taps = math.prod(len(axis.taps) for axis in axes) / (depth.step * len(all_phases))  # of a phase
+    steps = is_.channels * taps
+    aligned = reads is not Reads.INPUT or not is_.places or math.prod(work.spatial) % lanes == 0
+    load = LOAD if aligned else LOAD + UNALIGNED
+    found: list[tuple[int, Layout]] = []
+    listed = reads is Reads.LIST
+    for rows, cols, whole in _blocks(axes, lanes):
+        strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
+        by_row, by_pixel = pitches(is_, strip, lanes)
+        if listed:
+            # Pixels; groups meet in the same lines of the cache, so those of all groups have to stay there.
+            read = _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
+            strip_bytes = read * work.in_channels * request.dtype.itemsize
+        else:
+            strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
+        planes = work.batch * work.groups
+        blocks = planes * depth.made * -(-high.out // rows) * -(-width.out // cols)
+        entries = strip.slots * (-(-strip.length // lanes) if is_.places else strip.length)
+        if reads is not Reads.STRIP:
+            copies = 0.0
+        elif is_.places:
+            copies = is_.channels * entries * COPY * min(width.stride, 8)
+        else:
+            copies = entries * (-(-is_.channels // lanes) * COPY + PIXEL)
+        # Rows follow each other in memory; so do the channels of whole planes.
+        pieces = is_.channels * len(depth.taps) * (1 if whole else len(high.taps)) + work.group_out
+        pieces *= rows < high.out or cols < width.out
+        # Places of a block, and of the last one of a row (or of an image), which may be smaller.
+        count = -(-high.out // rows) if whole else -(-width.out // cols)
+        most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
+        for tile in _tiles(*_factors(is_, work, most, lanes), spare):
+            full, less = (
+                _tile_cycles(*_factors(is_, work, places, lanes), tile, steps, load, taps * listed)
+                for places in (most, last)
+            )
+            cycles = (full * (count - 1) + less) / count * vector * len(all_phases)
+            scalars, vectors = _factors(is_, work, most, lanes)
+            if apart(axes) and is_.places:
+                cycles += SCATTER * lanes * scalars * vectors * len(all_phases)
+            cycles *= FAR if strip_bytes > STRIP_BYTES else 1.0
+            if listed and strip_bytes > STRIP_BYTES:
+                cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
+            # The weight arrives while the first of a block's tiles along the other factor is at work.
+            first = tile.vectors / vectors if is_.places else tile.scalars / scalars
+            cycles += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - cycles * min(first, 1.0))
+            cycles += BLOCK + (SLOT * is_.channels * strip.slots + RUN * pieces if is_.places else 0.0)
+            cycles += copies * vector
+            cycles += {Reads.STRIP: ENTRY, Reads.LIST: LISTED, Reads.INPUT: 0.0}[reads] * entries / max(planes, 1)
+            outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
+            parts = min(outputs, PARTS)
+            shares = max(min(request.threads, blocks * parts), 1)
+            most_of = -(-blocks * parts // shares) / max(blocks * parts, 1)  # the share of one thread
+            one = Layout(rows, cols, strip, tile, lanes, reads, parts, shares, blocks * cycles * most_of)
+            found.append((strip_bytes if reads is Reads.STRIP else 0, one))
+    return found
+
+
+def _factors(is_: Kind, work: Work, places: int, lanes: int) -> tuple[int, int]:
+    """How many scalars and vectors the product of a block has."""
+    outputs = max(work.group_out, 1)  # a tensor may have no channels
+    return (outputs, -(-places // lanes)) if is_.places else (places, -(-outputs // lanes))
+
+
+def apart(axes: Axes) -> bool:
+    """Whether places that are computed together lie apart in the result."""
+    return any(axis.step > 1 for axis in axes[1:])
+
+
+def phases(axes: Axes) -> list[tuple[int, int]]:
+    """The phases of rows and width, each with its part of the taps; the depth has one at a time."""
+    rows, cols = (range(min(axis.step, max(axis.made, 1))) for axis in axes[1:])
+    return [(row, col) for row in rows for col in cols]
+
+
+def pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
+    """Elements from a channel of the strip to the next, and from a place to the next if channels lie side by side.
+
+    Both are an odd number of cache lines, so that neighbours do not meet in the same places of a cache; a channel ends
+    with a vector to spare.
+    """
+    line = ALIGNMENT // is_.size
+    by_row, by_pixel = padded(strip.slots * strip.length + lanes, line), padded(is_.channels, line)
+    return by_row | line, by_pixel | line
+
+
+@lru_cache(4096)
+def natural(work: Work, merge: bool = True) -> Layout:
+    """The way to cut a request whose input lies in memory as its output will."""
+    is_, axes = kind(work), work.axes(merge)
+    stored = STORED[work.request.dtype]
+    ways = [layout(work, merge, Reads.STRIP)]
+    converted = stored != is_.element and not is_.pairs
+    # Whether each place of the output, or of a phase of it, reads the one place of the input that has its number.
+    plain = all(axis.plain for axis in axes) and axes[0].step == 1
+    if merge and plain:
+        if not (is_.places and stored != is_.element):
+            ways.append(layout(work, True, Reads.INPUT))
+    elif not (is_.places or converted):
+        ways.append(layout(work, merge, Reads.LIST))
+    return min(ways, key=lambda way: way.cycles)

@@ -1,0 +1,108 @@
+"""What the algorithms of the CPU engine share.
+
+Names of types in the kernels' text, a problem folded to three dimensions, (depth, rows, width), the tables of what each
+place of a padded input shows, and what none of them serves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from plainconv.border import runs
+from plainconv.cpu import compile as cpu
+from plainconv.menu.base import Tensors, compute_dtype
+from plainconv.problem import ConvProblem, Pair, Request
+
+STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
+MOST_PLACES = 1 << 20  # skipped at once along a dimension
+
+
+def summed(request: Request) -> tuple[str, int]:
+    """The type of the sums, and its bytes."""
+    dtype = compute_dtype(request.dtype)
+    return STORED[dtype], dtype.itemsize
+
+
+def padded(count: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-count // to) * to
+
+
+def zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:
+    """The call of a request without products."""
+    out.zero_()
+
+
+def why_not(request: Request) -> str | None:
+    """The sentence for what none of the engine's kernels does."""
+    if request.device != "cpu":
+        return "its kernels are machine code of the CPU, and the tensors are on another device"
+    if request.dtype not in STORED:
+        return f"its kernels compute in floating-point numbers, not {str(request.dtype).removeprefix('torch.')}"
+    if request.problem.dims > 3:
+        return "its loops are for at most three dimensions"
+    return too_far(request.problem) or cpu.why_not()
+
+
+class Side(NamedTuple):
+    """One dimension of a folded problem."""
+
+    size: int
+    kernel: int
+    stride: int
+    padding: Pair
+    dilation: int
+    out: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel does not move along it."""
+        return self.kernel == 1 and self.stride == 1 and self.padding == (0, 0) and self.out == self.size
+
+
+@lru_cache(4096)
+def folded(problem: ConvProblem, merge: bool = True) -> tuple[Side, Side, Side]:
+    """Depth, rows and width of a problem of at most three dimensions; merge: plain neighbours become one dimension."""
+    parts = (problem.spatial, problem.kernel, problem.stride, problem.padding, problem.dilation, problem.out)
+    sides: list[Side] = []
+    for part in zip(*parts, strict=True):
+        side = Side(*part)
+        if side.out == 1:  # no second place to stride to
+            side = side._replace(stride=1)
+        if merge and sides and sides[-1].plain and side.plain:
+            size = sides.pop().size * side.size
+            side = side._replace(size=size, out=size)
+        sides.append(side)
+    one = Side(1, 1, 1, (0, 0), 1, 1)
+    depth, high, width = (one,) * (3 - len(sides)) + tuple(sides)
+    return depth, high, width
+
+
+def too_far(problem: ConvProblem) -> str | None:
+    """The sentence for what tables of every place cannot be made of: places far outside, or far apart."""
+    for side in folded(problem, False):
+        if max(*map(abs, side.padding), (side.kernel - 1) * side.dilation, side.stride) > MOST_PLACES:
+            return f"its tables list every place, and padding, dilation or stride skip more than {MOST_PLACES} of them"
+    return None
+
+
+class Row(Protocol):
+    """Elements in a row, and what they are padded with."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def padding(self) -> Pair: ...
+
+
+def shown(side: Row, mode: str, start: int, count: int, step: int = 1) -> Tensor:
+    """For places start, start + step, ... of the padded input, the element that each shows, or -1."""
+    elements = torch.full((count,), -1, dtype=torch.int64)
+    for run in runs(side.size, side.padding, mode, start, count, step):
+        if run.source >= 0:
+            elements[run.at : run.at + run.length] = run.source + run.step * torch.arange(run.length)
+    return elements
