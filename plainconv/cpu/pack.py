@@ -5,8 +5,9 @@ tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a til
 
     packed[o // width, r, o % width]  =  w[o, u, v]        zero for outputs that do not exist
 
-in squares of lanes x lanes, transposed in registers; r counts taps, and within them channels.  Without lanes,
-packed[o, r] holds the pairs of w, and r counts channels, and within them taps.
+in squares of lanes x lanes, transposed in registers; r counts taps, and within them channels.  Where outputs lie side
+by side already, as in a channels_last weight turned round, vectors are copied as they are.  Without lanes, packed[o, r]
+holds the pairs of w, and r counts channels, and within them taps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SIZES = (
     "w_group",
     "w_output",
     "w_u",
+    "w_v",  # 1, unless outputs lie side by side
     "w_far",  # from a number to the other of its pair
     "alone",  # the u whose numbers have no other
     "r_u",  # r = r_u * u + r_v * v
@@ -37,37 +39,61 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """All that the text depends on; pairs: None, or where the other number of a pair is, "near" or "far"."""
+    """All that the text depends on.
+
+    pairs   None, or where the other number of a pair is, "near" or "far"
+    lay     how outputs become lanes: "transposed", or "copied" where they lie side by side; "kept": they do not
+    """
 
     element: str
     stored: str
     native: frozenset[str]
     lanes: int
     pairs: str | None
-    transposed: bool
+    lay: str
 
 
 @lru_cache(64)
 def text(shape: Shape) -> str:
-    """The kernel of this shape; tasks are vectors of outputs (or outputs, if they are no lanes) of all groups."""
+    """The kernel of this shape; tasks are vectors of outputs of all groups, or outputs ("kept"), or u ("copied")."""
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
     of = dict(zip((*POINTERS, *SIZES), given, strict=True))
     lanes = shape.lanes
-    rows = lanes if shape.transposed else 1
+    rows = lanes if shape.lay == "transposed" else 1
+    size = of["u_count"] * of["v_count"]
+
+    def place(group: Value, output: Value) -> Value:
+        """Where a vector of outputs begins, packed."""
+        tiles = of["vectors"] * lanes // of["width"]
+        return (group * tiles + output // of["width"]) * size * of["width"] + output % of["width"]
+
+    def copied(i: Value, _: list[Value]) -> Sequence[Value]:
+        group, u = (e.begin + i) // of["u_count"], (e.begin + i) % of["u_count"]
+        other = e.select(e.compare("eq", u, of["alone"]), e.number(0), of["outputs"])
+
+        def each_v(v: Value, _: list[Value]) -> Sequence[Value]:
+            w = e.at(of["w"], group * of["w_group"] + u * of["w_u"] + v * of["w_v"], shape.stored)
+            row = (u * of["r_u"] + v * of["r_v"]) * of["width"]
+
+            def each_vector(n: Value, _: list[Value]) -> Sequence[Value]:
+                output = n * lanes
+                value = read(w, e.number(0), output, e.tail(of["outputs"] - output), e.tail(other - output))
+                e.store(value, e.at(of["packed"], place(group, output)), row)
+                return []
+
+            e.loop(of["vectors"], [], each_vector)
+            return []
+
+        e.loop(of["v_count"], [], each_v)
+        return []
 
     def task(i: Value, _: list[Value]) -> Sequence[Value]:
         number = e.begin + i
         group, vector = number // of["vectors"], number % of["vectors"]
         output = vector * rows
         w = e.at(of["w"], group * of["w_group"] + output * of["w_output"], shape.stored)
-        size = of["u_count"] * of["v_count"]
-        if shape.transposed:
-            tiles = of["vectors"] * lanes // of["width"]
-            tile, lane = output // of["width"], output % of["width"]
-            to = e.at(of["packed"], (group * tiles + tile) * size * of["width"] + lane)
-        else:
-            to = e.at(of["packed"], number * size)
+        to = e.at(of["packed"], place(group, output) if rows > 1 else number * size)
 
         def each_u(u: Value, _: list[Value]) -> Sequence[Value]:
             def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
@@ -78,7 +104,7 @@ def text(shape: Shape) -> str:
                     here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
                     other = e.tail(e.select(e.compare("eq", u, of["alone"]), e.number(0), here))
                     loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here), other))
-                if shape.transposed:
+                if rows > 1:
                     # Columns that do not exist are written over the last one, which is then written itself.
                     for column, value in reversed(list(enumerate(e.transpose(loaded)))):
                         place = u * of["r_u"] + (first + e.least(left - 1, column)) * of["r_v"]
@@ -101,5 +127,5 @@ def text(shape: Shape) -> str:
             return value
         return e.pairs_of(value, e.load(w, start + first + of["w_far"], other, shape.stored))
 
-    e.loop(e.end - e.begin, [], task)
+    e.loop(e.end - e.begin, [], copied if shape.lay == "copied" else task)
     return e.module()

@@ -76,6 +76,7 @@ class Packing(NamedTuple):
 
     pairs   where the other number of a pair is: "near", "far" or nowhere
     across  whether output channels are side by side, packed
+    beside  whether they are already, as the weight lies: then v is not
     vectors of output channels (or output channels, if they are not) of a group, made up to whole tiles
     """
 
@@ -83,12 +84,19 @@ class Packing(NamedTuple):
     u_count: int
     v_count: int
     u_stride: int
+    v_stride: int
     far: int
     r_u: int
     r_v: int
     across: bool
+    beside: bool
     vectors: int
     bytes: int
+
+    @property
+    def lay(self) -> str:
+        """What the kernel does with them."""
+        return "copied" if self.beside else "transposed" if self.across else "kept"
 
 
 def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
@@ -105,11 +113,12 @@ def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
     size = work.groups * rows * is_.channels * work.taps * is_.size
     near, taps, channels = "near" if is_.pairs else None, work.taps, is_.channels
     if not (turned or is_.places) and (channels_inside or taps == 1):
-        return Packing(near, taps, channels, work.group_in, 0, channels, 1, across, vectors, size)
+        return Packing(near, taps, channels, work.group_in, 1, 0, channels, 1, across, False, vectors, size)
     each = work.group_out * taps if turned else taps  # from a channel to the next
     r_u, r_v = (1, channels) if across else (taps, 1)
     pairs, step = ("far", 2) if is_.pairs else (None, 1)
-    return Packing(pairs, channels, taps, step * each, each, r_u, r_v, across, vectors, size)
+    v_stride = work.group_out if channels_inside else 1
+    return Packing(pairs, channels, taps, step * each, v_stride, each, r_u, r_v, across, channels_inside, vectors, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +144,7 @@ def _taps_of_weight(work: Work, w_strides: Sequence[int]) -> list[int]:
 def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], channels_inside: bool) -> Prepared:
     """The kernels, the tables and the sizes of a request whose tensors lie so in memory.
 
-    channels_inside: whether the channels of the weight are innermost, for a weight that is packed.
+    channels_inside: whether the second dimension of the weight is innermost, for a weight that is packed.
     """
     request, target, is_, turned = work.request, cpu.Target.host(), cuts.kind(work), work.turned
     x = _places_of(work, x_strides)
@@ -243,7 +252,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     tables, addresses = _tables(work.mode, axes, way, source, taps, zeros, y_place)
     packs, pack_sizes, pack_tasks = None, {}, 0
     if packing is not None:
-        pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, packing.across)
+        pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, packing.lay)
         packs = cpu.compile(pack.text(pack_shape), target)
         pack_sizes = {
             "groups": work.groups,
@@ -254,13 +263,14 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
             "w_group": w_group,
             "w_output": w_output,
             "w_u": packing.u_stride,
+            "w_v": packing.v_stride,
             "w_far": packing.far,
             "alone": packing.u_count - 1 if work.group_in % 2 else -1,
             "r_u": packing.r_u,
             "r_v": packing.r_v,
             "width": wide,
         }
-        pack_tasks = work.groups * packing.vectors
+        pack_tasks = work.groups * (packing.u_count if packing.beside else packing.vectors)
     ready = Prepared(
         cpu.compile(dense.text(shape), target),
         torch.tensor([*addresses, *(sizes[name] for name in dense.SIZES)]),
@@ -431,8 +441,9 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     seen = work(request)
     x, w, bias, _ = tensors
     is_ = cuts.kind(seen)
-    channels_inside = not (is_.places or seen.turned or w.is_contiguous()) and w.movedim(1, -1).is_contiguous()
-    packs = is_.pairs or not is_.places or cuts.apart(seen.axes())
+    across = not is_.places or cuts.apart(seen.axes())
+    channels_inside = across and (seen.turned or not w.is_contiguous()) and w.movedim(1, -1).is_contiguous()
+    packs = is_.pairs or across
     copies_w = packs and not channels_inside and not w.is_contiguous()
     copies_bias = bias is not None and not bias.is_contiguous()
     w_strides = w.contiguous().stride() if copies_w else w.stride()
