@@ -37,6 +37,7 @@ from plainconv.settings import Settings
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _Kept = TypeVar("_Kept")
+_Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -173,7 +174,24 @@ class Call:
         self._derivatives: dict[str, Make] = {}
 
     def recorded(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        return _Recorded.apply(first, second, bias, self)  # type: ignore[no-untyped-call]
+        return _record(first, second, bias, self)
+
+    def gradients(self, first: Tensor, second: Tensor, cotangent: Tensor, wanted: tuple[bool, ...]) -> list[Any]:
+        """Those of the first two that are wanted, else None; nothing may watch."""
+        given = first, second, cotangent
+        key = self, cotangent.stride(), wanted, torch.get_num_threads()
+        ready = _GRADIENTS.get(key)
+        if ready is None:
+            ready = [self._gradient(i, given) if wanted[i] else None for i in range(2)]
+            remember(_GRADIENTS, key, ready)
+        return [each and each[0](given[each[1]], given[each[2]], None) for each in ready]
+
+    def _gradient(self, of: int, given: Sequence[Tensor]) -> tuple[_Run, int, int]:
+        """What makes the gradient of one of the two, and which two of those given it is made out of."""
+        roles = (*self.make.direction.given, self.make.direction.makes)
+        make = self.derivative(roles[of], given[of])
+        a, b = (roles.index(role) for role in make.direction.given)
+        return _remembered(given[a], given[b], None, make).run, a, b
 
     def derivative(self, role: str, like: Tensor) -> Make:
         """As Make's: a given tensor has the same shape and strides in every call."""
@@ -224,7 +242,9 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
 
 MOST_READY = 1024  # calls that are remembered, here and at the door
 _READY: dict[Any, Call] = {}
+_GRADIENTS: dict[Any, list[tuple[_Run, int, int] | None]] = {}
 on_forget(_READY.clear)
+on_forget(_GRADIENTS.clear)
 
 
 def remember(memory: dict[Any, _Kept], key: Any, call: _Kept) -> None:
@@ -320,13 +340,25 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        ctx.derivative, ctx.make, ctx.has_bias = call.derivative, call.make, bias is not None
+        ctx.call, ctx.has_bias = call, bias is not None
         ctx.save_for_backward(first, second)
         return call.run(first, second, bias)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        return _gradients(ctx, cotangent)
+        first, second = ctx.saved_tensors
+        call: Call = ctx.call
+        if watching(first, second, cotangent) is not Watch.NOTHING or first.is_complex():
+            ctx.make, ctx.derivative = call.make, call.derivative
+            return _gradients(ctx, cotangent)
+        wanted = _wanted(ctx)
+        regular = _regular(cotangent, call.make.channels_last)
+        bias = _bias_gradient(cotangent) if ctx.has_bias and wanted[2] else None
+        return *call.gradients(first, second, regular, wanted[:2]), bias, None
+
+
+# Function.apply looks for transforms, which `watching` has done.
+_record = super(torch.autograd.Function, _Recorded).apply  # type: ignore[misc]
 
 
 class _Convolution(torch.autograd.Function):
@@ -383,7 +415,7 @@ def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | Non
     regular = _regular(cotangent, ctx.make.channels_last) if is_dense else cotangent
     gradients: list[Tensor | None] = [None, None]
     given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
-    wanted = ctx.needs_input_grad if sum(ctx.needs_input_grad) == 1 else _wanted(ctx)
+    wanted = _wanted(ctx)
     for i, (role, like) in enumerate(given.items()):
         if wanted[i]:
             other = {r: tensor.conj() for r, tensor in given.items() if r != role}
@@ -391,14 +423,21 @@ def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | Non
             make = ctx.derivative(role, like)
             a, b = (other[r] for r in make.direction.given)
             gradients[i] = convolve(a, b, None, make)
-    bias = cotangent.sum([0, *range(2, cotangent.dim())]) if ctx.has_bias and wanted[2] else None
+    bias = _bias_gradient(cotangent) if ctx.has_bias and wanted[2] else None
     return gradients[0], gradients[1], bias, None
 
 
-def _wanted(ctx: Any) -> list[bool]:
+def _bias_gradient(cotangent: Tensor) -> Tensor:
+    return cotangent.sum([0, *range(2, cotangent.dim())])
+
+
+def _wanted(ctx: Any) -> tuple[bool, ...]:
     """Which gradients are needed: of what requires one, all that autograd.grad(y, x) did not leave out."""
-    nodes = zip(ctx.needs_input_grad, ctx.next_functions, strict=False)  # what is no tensor has no node
-    return [needed and _is_run(node) for needed, (node, _) in nodes]
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    if sum(needs) == 1:
+        return needs
+    nodes = zip(needs, ctx.next_functions, strict=False)  # what is no tensor has no node
+    return tuple(needed and _is_run(node) for needed, (node, _) in nodes)
 
 
 def _is_run(node: Any) -> bool:
