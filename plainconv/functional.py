@@ -273,7 +273,7 @@ def _call(
             ready = tuple(run if batched else _unbatched(run) for run in (call.run, call.recorded))
             if key is not None:
                 ops.remember(_READY, key, ready)
-        return ready[watch.value](input, weight, bias)
+        return ready[watch is ops.Watch.GRADIENT](input, weight, bias)
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
@@ -282,7 +282,7 @@ def _call(
 
 
 _Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_READY: dict[Any, tuple[_Run, ...]] = {}  # by Watch's values: calls of the same arguments, for tensors that lie alike
+_READY: dict[Any, tuple[_Run, ...]] = {}  # for tensors that lie alike: the plain call, and the one with gradients
 on_forget(_READY.clear)
 
 

@@ -358,7 +358,7 @@ class _Recorded(torch.autograd.Function):
 
 
 # Function.apply looks for transforms, which `watching` has done.
-_record = super(torch.autograd.Function, _Recorded).apply  # type: ignore[misc]
+_record: Callable[..., Tensor] = super(torch.autograd.Function, _Recorded).apply
 
 
 class _Convolution(torch.autograd.Function):

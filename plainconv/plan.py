@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from plainconv.settings import AUTO
 from plainconv.timing import Timing, duration
 
 SLOW_REFERENCE = 1e8  # multiplies from which the reference warns
+SHORT_S = 25e-6  # an estimate below which one thread may be as quick as several
 
 
 class AlgorithmRefused(RuntimeError):
@@ -38,12 +39,16 @@ class AlgorithmRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one algorithm says of a request: its cost, or the sentence why it cannot; and its time, if that is known."""
+    """What one algorithm says of a request: its cost, or the sentence why it cannot; and its time, if that is known.
+
+    threads: 1 where waking others takes longer than the work.
+    """
 
     algorithm: Algorithm
     cost: Cost | None
     why_not: str | None
     timing: Timing | None = None
+    threads: int = 1
 
     @property
     def seconds(self) -> float:
@@ -155,7 +160,7 @@ def plan(request: Request, name: str = AUTO) -> Plan:
         raise AlgorithmRefused(f"algorithm={name!r} refuses {request}: {verdict.why_not}")
     if name == AUTO:
         _warn_if_slow(verdict)
-    return Plan(request, verdict.algorithm, verdict.cost)
+    return Plan(replace(request, threads=verdict.threads), verdict.algorithm, verdict.cost)
 
 
 on_forget(plan.cache_clear)
@@ -246,7 +251,10 @@ def _tune(request: Request) -> Tuned:
     versions = {verdict.algorithm.name: verdict.algorithm.version for verdict in able}
     if any(name not in records or records[name].version != version for name, version in versions.items()):
         candidates = {
-            verdict.algorithm.name: Candidate(verdict.cost.seconds, Plan(request, verdict.algorithm, verdict.cost).bind)
+            verdict.algorithm.name: Candidate(
+                verdict.cost.seconds,
+                Plan(replace(request, threads=verdict.threads), verdict.algorithm, verdict.cost).bind,
+            )
             for verdict in able
             if verdict.cost
         }
@@ -271,14 +279,19 @@ def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Recor
         raise NotImplementedError(f"plainconv is not implemented for {request.dtype}; it knows {known}")
     if sentence := algorithm.why_not(request):
         return Verdict(algorithm, None, sentence)
-    cost = algorithm.cost(request)
+    cost, threads = algorithm.cost(request), request.threads
+    if threads > 1 and cost.seconds < SHORT_S:
+        alone = algorithm.cost(replace(request, threads=1))
+        if alone.seconds < cost.seconds:
+            cost, threads = alone, 1
     behind = 0.0 if algorithm.fuses else finish_seconds(request)
     cost = cost._replace(seconds=cost.seconds * fitted.factor(algorithm.name, request) + behind)
     if cost.workspace > request.max_workspace:
         sentence = f"it needs {_bytes(cost.workspace)} of workspace, and {_bytes(request.max_workspace)} are allowed"
         return Verdict(algorithm, None, sentence)
     record = records.get(algorithm.name)
-    return Verdict(algorithm, cost, None, record.timing if record and record.version == algorithm.version else None)
+    timing = record.timing if record and record.version == algorithm.version else None
+    return Verdict(algorithm, cost, None, timing, threads)
 
 
 def _warn_if_slow(verdict: Verdict) -> None:

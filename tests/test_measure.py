@@ -137,6 +137,15 @@ def test_tuning_measures_each_new_request_once_forward_and_backward(folder, meas
     assert len(measured) == 3, "measured before"
 
 
+def test_gradients_made_before_are_planned_again(folder, measured):
+    x, w = torch.randn(1, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    y = plainconv.conv2d(x, w)
+    y.backward(torch.ones_like(y), retain_graph=True)
+    with tuning():
+        y.backward(torch.ones_like(y))
+    assert {asked.direction for asked, _ in measured} == {Direction.GRAD_INPUT, Direction.GRAD_WEIGHT}
+
+
 def test_calls_made_before_are_planned_again(folder, served):
     x, w = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
     before = plainconv.explain(x, w)

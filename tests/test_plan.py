@@ -28,6 +28,18 @@ def forget():
     plans.plan.cache_clear()
 
 
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+@directions
+def test_a_small_call_wakes_no_other_threads(direction):
+    small, large = ConvProblem.parse("n1 c32 o32 x32 k2"), ConvProblem.parse("n4 c64 o64 x4000 k3")
+    for problem, threads in ((small, 1), (large, 2)):
+        asked = Request(problem, direction, torch.float32, threads=2)
+        assert plan(asked).request == dataclasses.replace(asked, threads=threads)
+        assert plan(asked).cost.seconds <= plan(dataclasses.replace(asked, threads=1)).cost.seconds
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 
 

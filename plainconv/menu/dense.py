@@ -449,6 +449,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     w_strides = w.contiguous().stride() if copies_w else w.stride()
     ready = prepare(seen, x.stride(), w_strides, channels_inside)
     settled, threads, places = ready.settled.data_ptr(), request.threads, is_.places
+    packers = engine.movers(ready.packed_bytes, threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
@@ -458,7 +459,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
             bias = bias.contiguous()
         scratch, weight = workspace.data_ptr(), w.data_ptr()
         if ready.packs is not None:
-            launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, threads)
+            launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, packers)
             weight, scratch = scratch, scratch + ready.packed_bytes
         pixels = x.data_ptr()
         pointers = (

@@ -18,6 +18,9 @@ from plainconv.menu.base import Tensors, compute_dtype
 from plainconv.problem import ConvProblem, Pair, Request
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
+LAUNCHES_S = 8e-6  # from Python to two kernels and back
+THREADS_S = 4e-6  # waking torch's threads
+SMALL = 64 << 10  # bytes that one thread moves while others wake
 MOST_PLACES = 1 << 20  # skipped at once along a dimension
 
 
@@ -30,6 +33,16 @@ def summed(request: Request) -> tuple[str, int]:
 def padded(count: int, to: int) -> int:
     """The next multiple of `to`."""
     return -(-count // to) * to
+
+
+def launches_s(shares: int) -> float:
+    """Of a kernel with so many shares, and of one that adds what they made."""
+    return LAUNCHES_S + THREADS_S * (shares > 1)
+
+
+def movers(size: int, threads: int) -> int:
+    """How many threads are worth waking to move so many bytes."""
+    return threads if size > SMALL else 1
 
 
 def zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:

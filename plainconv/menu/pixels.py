@@ -31,7 +31,6 @@ ADD = 3.0  # a sum added to those in memory
 BYTES_PER_SECOND = 13e9  # a thread, of memory
 CACHED_BYTES = 16 << 20
 HIDDEN = 0.25
-LAUNCHES_S = 10e-6
 
 
 def _lanes(request: Request, target: cpu.Target) -> int:
@@ -169,7 +168,7 @@ def cost(request: Request) -> Cost:
     cycles = rows * vectors * tiles * tile / chunks
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory, work = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / chunks, cycles / CYCLES_PER_SECOND
-    seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCHES_S
+    seconds = max(work, memory) + HIDDEN * min(work, memory) + engine.launches_s(chunks)
     return Cost(problem.multiplies, moved, chunks * chunk * size, seconds)
 
 

@@ -50,7 +50,6 @@ TILE = 20.0
 TOTAL = 2.0  # a weight
 BYTES_PER_SECOND = 13e9  # a thread, of memory
 CACHED_BYTES = 16 << 20
-LAUNCHES_S = 10e-6
 
 
 class Tile(NamedTuple):
@@ -402,7 +401,7 @@ def cost(request: Request) -> Cost:
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / max(one.parts * one.chunks, 1)
     work = one.cycles / CYCLES_PER_SECOND
-    seconds = max(work, memory) + HIDDEN * min(work, memory) + LAUNCHES_S
+    seconds = max(work, memory) + HIDDEN * min(work, memory) + engine.launches_s(one.parts * one.chunks)
     return Cost(problem.multiplies, moved, _bytes(request), seconds)
 
 

@@ -42,7 +42,6 @@ IMAGE = 8.0  # an image of a tile
 TURN = 6.0  # a vector of the output's gradient, transposed
 MOVE = 3.0  # and copied
 TOTAL = 6.0  # a vector of sums, added and written
-LAUNCHES_S = 10e-6
 
 
 # -- how to cut ------------------------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def cost(request: Request) -> Cost:
     problem, one = request.problem, way(request, True)
     moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory = moved / (cuts.CACHED if moved < cuts.CACHE else cuts.BYTES_PER_SECOND)
-    seconds = max(one.cycles / cuts.CYCLES_PER_SECOND, memory) + LAUNCHES_S
+    seconds = max(one.cycles / cuts.CYCLES_PER_SECOND, memory) + engine.launches_s(one.parts * one.chunks)
     workspace = max(_bytes(request, way(request, merge)) for merge in (True, False))
     return Cost(problem.multiplies, moved, workspace, seconds)
 
@@ -391,13 +390,13 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
-    settled = ready.settled.data_ptr()
+    settled, adders = ready.settled.data_ptr(), engine.movers(ready.sums_bytes, threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, y, *_ = tensors
         sums = workspace.data_ptr()
         pointers = (x.data_ptr(), y.data_ptr(), sums, sums + ready.sums_bytes, settled)
         launch(ready.kernel, pointers, ready.shares, threads)
-        launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, threads)
+        launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, adders)
 
     return call
