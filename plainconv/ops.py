@@ -179,7 +179,9 @@ class Call:
     def gradients(self, first: Tensor, second: Tensor, cotangent: Tensor, wanted: tuple[bool, ...]) -> list[Any]:
         """Those of the first two that are wanted, else None; nothing may watch."""
         given = first, second, cotangent
-        key = self, cotangent.stride(), wanted, torch.get_num_threads()
+        # What was saved for backward may lie otherwise than what was given: hooks pack and unpack it.
+        lies = first.stride(), second.stride(), cotangent.stride()
+        key = self, lies, wanted, torch.get_num_threads()
         ready = _GRADIENTS.get(key)
         if ready is None:
             ready = [self._gradient(i, given) if wanted[i] else None for i in range(2)]

@@ -1027,6 +1027,20 @@ def test_a_tensor_may_be_changed_by_place_but_not_under_a_gradient():
         y.sum().backward()
 
 
+def test_what_hooks_unpack_may_lie_otherwise_than_what_was_saved():
+    x = integers((2, 4, 9, 7), torch.float32, seed=1).transpose(2, 3).requires_grad_()
+    w = integers((4, 1, 3, 3), torch.float32, seed=2).requires_grad_()
+    grads = []
+    for pack in (lambda t: t, lambda t: t.detach().clone(memory_format=torch.contiguous_format)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = plainconv.conv2d(x, w, padding=1, groups=4)
+        y.backward(torch.full_like(y, 2.0))
+        grads.append((x.grad, w.grad))
+        x.grad = w.grad = None
+    for plain, unpacked in zip(*grads, strict=True):
+        assert torch.equal(plain, unpacked)
+
+
 def test_checkpoint_and_saved_tensor_hooks():
     from torch.utils.checkpoint import checkpoint
 
