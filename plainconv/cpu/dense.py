@@ -20,6 +20,10 @@ packed before, and `b` the strip.  Sizes, kernel, stride and dilation are argume
 Where the channels of a pixel lie side by side, nothing needs to be gathered: it is listed where each tap of each place
 begins in the input, or in a row of zeros, and the scalars of a tile are read from there.
 
+For the gradient for the input of several images, the scalars of a tile may be one place of each of them: the input is
+packed so that these lie side by side.  Then a large weight is read once for all images, one entry of the list serves a
+tile, and a tap that looks into the border is left out.
+
 With the dot product of AVX512-BF16 a step takes two channels: strip and weight hold pairs of bfloat, one pair where
 otherwise a float is.
 """
@@ -46,7 +50,8 @@ SIZES = (
     "shares",  # how many threads the tasks are dealt to, each with its own scratch
     "share",  # elements of scratch of each
     "entries",  # where in a share the list of what to copy begins
-    "planes",  # images x groups
+    "planes",  # images (if they are no scalars) x groups
+    "images",
     "groups",
     "group_in",
     "group_out",
@@ -96,7 +101,8 @@ class Shape:
     over      what the lanes are: "places" of the output or "outputs"
     source    the strip is gathered from "rows" (neighbours along the width side by side), from "pixels" (neighbouring
               channels side by side), from any memory through a "table"; "none": the input is used as it lies; "list":
-              it is read where a list says that the taps of places are
+              it is read where a list says that the taps of places are; "images": so, but packed
+              with the images of a place side by side, which are the scalars
     stride    along the width, of "rows"
     one_tap   a 1x1 kernel
     apart     whether places lie apart in the result: a stride turned round, which is made phase by phase
@@ -181,7 +187,7 @@ class _Dense:
                 place = self.place(where)
                 image, group = plane // of["groups"], plane % of["groups"]
                 x = image * of["x_image"] + group * of["group_in"] * of["x_channel"]
-                if self.shape.source == "list":
+                if self.shape.source in ("list", "images"):
                     e.when(e.compare("ne", where, carried[1]), lambda: self.find(scratch, *place))
                 elif self.shape.source != "none":
                     e.when(e.compare("ne", where, carried[1]), lambda: self.gather.describe(scratch, *place))
@@ -281,23 +287,35 @@ class _Dense:
 
             e.loop(of["phase_count"], [], phase)
 
-        def tile(phase: Phase, vectors: int, at: Value, a_at: Value, i: Value, count: int) -> None:
-            """`count` scalars from i on, and vectors from lane `at` on; the last vector may be a part of one."""
+        def tile(
+            phase: Phase, vectors: int, at: Value, a_at: Value, i: Value, count: int, place: Value | None = None
+        ) -> None:
+            """`count` scalars from i on, and vectors from lane `at` on; the last vector may be a part of one.
+
+            If scalars are images, they are at one place of the phase.
+            """
             lanes_count = phase.places if shape.over == "places" else of["group_out"]
             masks = [None] * (vectors - 1) + [e.tail(lanes_count - at - (vectors - 1) * shape.lanes)]
             offsets = []
             if shape.over == "places":
                 scalars = [phase.y + (i + s) * of["y_channel"] for s in range(count)]
+            elif place is not None:
+                there = e.scalar(phase.table, place, "i64") if shape.apart else place * of["y_place"]
+                scalars = [phase.y + there + (i + s) * of["y_image"] for s in range(count)]
             elif shape.apart:
                 offsets = [e.scalar(phase.table, i + s, "i64") for s in range(count)]
                 scalars = [phase.y + offset for offset in offsets]
             else:
                 scalars = [phase.y + (i + s) * of["y_place"] for s in range(count)]
-            for start in scalars if offsets or not shape.apart else ():
+            for start in scalars if shape.over == "outputs" or not shape.apart else ():
                 for v in range(vectors):
                     e.prefetch(e.at(of["y"], start + (at + v * shape.lanes), shape.stored), "write")
-            begin = e.at(b, i, "i64") if shape.source == "list" else e.at(b, i * of["b_scalar"], self.b_type)
-            acc = self.sums(e.at(a, a_at), begin, x, phase, channel, at, i, count, masks)
+            begin, first_x = e.at(b, i * of["b_scalar"], self.b_type), x
+            if shape.source == "list":
+                begin = e.at(b, i, "i64")
+            elif place is not None:
+                begin, first_x = e.at(b, place, "i64"), x + i
+            acc = self.sums(e.at(a, a_at), begin, first_x, phase, channel, at, i, count, masks)
             if shape.apart and shape.over == "places":
                 left = e.least(lanes_count - at, vectors * shape.lanes)
                 self.put_apart(acc, scalars, e.at(phase.table, at, "i64"), left)
@@ -363,22 +381,35 @@ class _Dense:
         tiles, every = tiles_of(of["group_out"])
 
         def outputs_of(vectors: int, at: Value, a_at: Value) -> None:
-            def places(phase: Phase) -> None:
-                few = phase.places < shape.scalars
+            def all_scalars(phase: Phase, number: Value, place: Value | None = None) -> None:
+                few = number < shape.scalars
 
                 def one_by_one(i: Value, _: list[Value]) -> Sequence[Value]:
-                    tile(phase, vectors, at, a_at, i, 1)
+                    tile(phase, vectors, at, a_at, i, 1, place)
                     return []
 
                 if shape.scalars > 1:
-                    e.loop(e.select(few, phase.places, e.number(0)), [], one_by_one)
-                scalar_tiles = (phase.places + (shape.scalars - 1)) // shape.scalars
+                    e.loop(e.select(few, number, e.number(0)), [], one_by_one)
+                scalar_tiles = (number + (shape.scalars - 1)) // shape.scalars
                 whole = e.select(few, e.number(0), scalar_tiles)
                 over_scalars(
-                    phase.places, e.number(0), whole, lambda count, i: tile(phase, vectors, at, a_at, i, count)
+                    number, e.number(0), whole, lambda count, i: tile(phase, vectors, at, a_at, i, count, place)
                 )
 
-            each_phase(places)
+            def all_images(phase: Phase) -> None:
+                def each(place: Value, _: list[Value]) -> Sequence[Value]:
+                    def images() -> None:
+                        all_scalars(phase, of["images"], place)
+
+                    if shape.apart:
+                        e.when(e.compare("sge", e.scalar(phase.table, place, "i64"), 0), images)
+                    else:
+                        images()
+                    return []
+
+                e.loop(phase.places, [], each)
+
+            each_phase(all_images if shape.source == "images" else lambda phase: all_scalars(phase, phase.places))
 
         over_lanes(tiles, *part_of(every), outputs_of)
 
@@ -508,8 +539,20 @@ class _Dense:
 
             return e.loop(self.channels, acc, each)
 
-        if shape.source == "list":
-            return e.loop(phase.count, acc, listed_tap)
+        def tap_of_images(t: Value, acc: list[Value]) -> list[Value]:
+            shift, at = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
+            found = e.scalar(b, at, "i64")
+            begin = e.at(of["x"], x + found, self.b_type)
+
+            def each(c: Value, acc: list[Value]) -> list[Value]:
+                here = e.at(begin, c * of["b_channel"], self.b_type)
+                images = [e.at(here, s, self.b_type) for s in range(scalars)]
+                return step(e.at(a, shift + c * of["a_channel"]), images, acc)
+
+            return e.loop(e.select(found < 0, e.number(0), self.channels), acc, each)
+
+        if shape.source in ("list", "images"):
+            return e.loop(phase.count, acc, listed_tap if shape.source == "list" else tap_of_images)
         # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel (or all of
         # them, packed so for a phase's few taps).
         if shape.one_tap:

@@ -1,4 +1,4 @@
-"""Weights packed for the dense kernel: lanes are output channels, or steps take two channels.
+"""What is packed for the dense kernel: a weight whose lanes are output channels, or whose steps take two channels.
 
 A weight is seen as w[o, u, v], v side by side in memory: contiguous weights have (u, v) = (channel or pair of channels,
 tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a tile,
@@ -8,6 +8,9 @@ tap), channels_last ones (tap, channel).  With lanes of `width` outputs to a til
 in squares of lanes x lanes, transposed in registers; r counts taps, and within them channels.  Where outputs lie side
 by side already, as in a channels_last weight turned round, vectors are copied as they are.  Without lanes, packed[o, r]
 holds the pairs of w, and r counts channels, and within them taps.
+
+Images are packed like outputs where several of them are read at once: w[o, u, v] is the input then, o its images, u its
+pixels and v their channels.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ SIZES = (
     "r_u",  # r = r_u * u + r_v * v
     "r_v",
     "width",  # lanes of a tile
+    "splits",  # tasks that share the u of a vector of outputs, unless those are copied
 )
 
 
@@ -55,7 +59,7 @@ class Shape:
 
 @lru_cache(64)
 def text(shape: Shape) -> str:
-    """The kernel of this shape; tasks are vectors of outputs of all groups, or outputs ("kept"), or u ("copied")."""
+    """The kernel of this shape; tasks are pieces of a vector of outputs, of an output ("kept"), or are u ("copied")."""
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
     of = dict(zip((*POINTERS, *SIZES), given, strict=True))
@@ -89,13 +93,16 @@ def text(shape: Shape) -> str:
         return []
 
     def task(i: Value, _: list[Value]) -> Sequence[Value]:
-        number = e.begin + i
+        number, piece = (e.begin + i) // of["splits"], (e.begin + i) % of["splits"]
+        begin, end = (count * of["u_count"] // of["splits"] for count in (piece, piece + 1))
         group, vector = number // of["vectors"], number % of["vectors"]
         output = vector * rows
         w = e.at(of["w"], group * of["w_group"] + output * of["w_output"], shape.stored)
         to = e.at(of["packed"], place(group, output) if rows > 1 else number * size)
 
-        def each_u(u: Value, _: list[Value]) -> Sequence[Value]:
+        def each_u(i: Value, _: list[Value]) -> Sequence[Value]:
+            u = begin + i
+
             def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
                 first = v * lanes
                 left = of["v_count"] - first
@@ -116,7 +123,7 @@ def text(shape: Shape) -> str:
             e.loop((of["v_count"] + (lanes - 1)) // lanes, [], each_vector)
             return []
 
-        e.loop(of["u_count"], [], each_u)
+        e.loop(end - begin, [], each_u)
         return []
 
     def read(w: Value, start: Value, first: Value, mask: Value, other: Value) -> Value:

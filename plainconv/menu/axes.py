@@ -60,6 +60,15 @@ class Axis(NamedTuple):
         """How many places a phase has."""
         return max(-(-(self.made - phase) // self.step), 0)
 
+    @property
+    def met(self) -> int:
+        """How often an element of the result reads one that is not padding, with stride 1 and zeros around."""
+        spans = (
+            min(self.size + self.padding[0] - tap.place, self.places(tap.phase)) - max(self.padding[0] - tap.place, 0)
+            for tap in self.taps
+        )
+        return sum(max(span, 0) for span in spans)
+
 
 Axes = tuple[Axis, Axis, Axis]
 

@@ -25,6 +25,7 @@ from plainconv.menu.engine import STORED, padded
 
 STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
 MOST_STRIP_BYTES = 16 << 20
+MOST_IMAGES_BYTES = 64 << 20
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
@@ -123,11 +124,15 @@ def _reach_of(axis: Axis, count: int) -> int:
 
 
 class Reads(Enum):
-    """What a product reads: a strip gathered before, the input as it lies, or the input through a list of its taps."""
+    """What a product reads: a strip gathered before, the input as it lies, or the input through a list of its taps.
+
+    IMAGES: through a list, too, of an input that is packed: scalars are one place of several images.
+    """
 
     STRIP = "strip"
     INPUT = "input"
     LIST = "list"
+    IMAGES = "images"
 
 
 class Tile(NamedTuple):
@@ -183,10 +188,10 @@ def _lanes(work: Work, target: cpu.Target) -> int:
     return lanes
 
 
-def _tiles(scalars: int, vectors: int, spare: int) -> Iterator[Tile]:
+def _tiles(scalars: int, vectors: int, spare: int, most_scalars: int = MOST_SCALARS) -> Iterator[Tile]:
     """Tiles that fit the registers to spare; even ones: 10 scalars are 5 and 5, not 8 and 2."""
     for wide in sorted({min(wide, vectors) for wide in (1, 2, 3, 4, 6, 8)}):
-        most = min((spare - wide) // wide, MOST_SCALARS)
+        most = min((spare - wide) // wide, most_scalars)
         if most >= 1:
             yield Tile(-(-scalars // -(-scalars // most)), wide)
 
@@ -220,7 +225,7 @@ def _blocks(axes: Axes, lanes: int) -> Iterator[tuple[int, int, bool]]:
 @lru_cache(4096)
 def layout(work: Work, merge: bool, reads: Reads) -> Layout:
     """The cheapest way whose strips fit the workspace; the one of the smallest strip, if none does."""
-    found = ways(work, merge, reads)
+    found = ways_by_images(work, merge) if reads is Reads.IMAGES else ways(work, merge, reads)
     limit = min(work.request.max_workspace // (2 * max(work.request.threads, 1)), MOST_STRIP_BYTES)
     fit = [one for strip_bytes, one in found if strip_bytes <= limit]
     return min(fit, key=lambda one: one.cycles) if fit else min(found, key=lambda pair: pair[0])[1]
@@ -293,6 +298,54 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     return found
 
 
+def ways_by_images(work: Work, merge: bool) -> list[tuple[int, Layout]]:
+    """The same for the gradient for the input, if several images are read at once: a block has all of them."""
+    request, target, is_ = work.request, cpu.Target.host(), kind(work)
+    axes = depth, high, width = work.axes(merge)
+    lanes = _lanes(work, target)
+    register = lanes * is_.size * 8
+    vector = 1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0)
+    spare = target.registers - (2 if target.fma else 3)
+    _, vectors = _factors(is_, work, 1, lanes)
+    # Taps of a place of the result that do not look into the border, on average.
+    taps = math.prod(axis.met / max(axis.made, 1) for axis in axes)
+    weight = work.group_out * is_.channels * work.taps * is_.size
+    packed = images_bytes(work, lanes)
+    copies = 2 * packed / (FAR_BYTES if packed > FAR_WEIGHT else NEAR_BYTES) / max(request.threads, 1)
+    found: list[tuple[int, Layout]] = []
+    for rows, cols, _ in _blocks(axes, lanes):
+        blocks = work.groups * depth.made * -(-high.out // rows) * -(-width.out // cols)
+        strip = list_of(axes, rows, cols)
+        places = high.made * width.made / (-(-high.out // rows) * -(-width.out // cols))
+        pixels = _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
+        read = packed / max(math.prod(work.spatial), 1) * pixels
+        for tile in _tiles(work.batch, vectors, spare, spare):
+            listed = taps + work.taps / len(phases(axes))
+            cycles = places * vector * _tile_cycles(work.batch, vectors, tile, is_.channels * taps, LOAD, listed)
+            # Of a phase and a tile of outputs, again for each place and each tile of images.
+            part = tile.vectors * lanes * is_.channels * work.taps * is_.size / len(phases(axes))
+            passes = places / len(phases(axes)) * -(-work.batch // tile.scalars)
+            if part > STRIP_BYTES:
+                cycles = max(cycles, passes * weight / NEAR_BYTES)
+            cycles += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - cycles / max(passes, 1))
+            cycles += BLOCK + LISTED * strip.slots * strip.length
+            outputs = -(-vectors // tile.vectors)
+            if read > STRIP_BYTES:
+                cycles += outputs * read / NEAR_BYTES
+            parts = min(outputs, PARTS)
+            shares = max(min(request.threads, blocks * parts), 1)
+            most_of = -(-blocks * parts // shares) / max(blocks * parts, 1)
+            cycles = cycles * blocks * most_of + copies
+            found.append((0, Layout(rows, cols, strip, tile, lanes, Reads.IMAGES, parts, shares, cycles)))
+    return found
+
+
+def images_bytes(work: Work, lanes: int) -> int:
+    """Bytes of an input that is packed with its images side by side."""
+    is_ = kind(work)
+    return work.groups * math.prod(work.spatial) * is_.channels * padded(work.batch, lanes) * is_.size
+
+
 def _factors(is_: Kind, work: Work, places: int, lanes: int) -> tuple[int, int]:
     """How many scalars and vectors the product of a block has."""
     outputs = max(work.group_out, 1)  # a tensor may have no channels
@@ -335,4 +388,8 @@ def natural(work: Work, merge: bool = True) -> Layout:
             ways.append(layout(work, True, Reads.INPUT))
     elif not (is_.places or converted):
         ways.append(layout(work, merge, Reads.LIST))
+    if merge and work.turned and work.batch > 1 and not is_.places:
+        way = layout(work, True, Reads.IMAGES)
+        if images_bytes(work, way.lanes) <= min(work.request.max_workspace // 2, MOST_IMAGES_BYTES):
+            ways.append(way)
     return min(ways, key=lambda way: way.cycles)

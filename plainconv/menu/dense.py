@@ -61,7 +61,7 @@ def _source(work: Work, x: Places) -> tuple[str, Layout]:
     way = cuts.natural(work, x.merge)
     side_by_side = x.col == 1 if is_.places else x.channel == 1 or (way.reads is Reads.INPUT and not is_.pairs)
     if way.reads is not Reads.STRIP and side_by_side:
-        return "none" if way.reads is Reads.INPUT else "list", way
+        return {Reads.INPUT: "none", Reads.LIST: "list", Reads.IMAGES: "images"}[way.reads], way
     if way.reads is not Reads.STRIP:
         way = cuts.layout(work, x.merge, Reads.STRIP)
     if x.channel == 1 and not is_.places:
@@ -121,6 +121,29 @@ def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
     return Packing(pairs, channels, taps, step * each, v_stride, each, r_u, r_v, across, channels_inside, vectors, size)
 
 
+class Packs(NamedTuple):
+    """The kernel that packs a tensor, with its arguments, and the bytes that it writes."""
+
+    kernel: cpu.Kernel
+    sizes: tuple[int, ...]
+    tasks: int
+    bytes: int
+
+    def run(self, tensor: int, scratch: int, threads: int) -> int:
+        """Pack what lies there; where scratch memory goes on."""
+        launch(self.kernel, (tensor, scratch, *self.sizes), self.tasks, engine.movers(self.bytes, threads))
+        return scratch + padded(self.bytes, ALIGNMENT)
+
+
+def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
+    """Tasks are enough for some threads, even of a single vector."""
+    alone = sizes["groups"] * (sizes["u_count"] if shape.lay == "copied" else sizes["vectors"])
+    splits = 1 if shape.lay == "copied" else max(min(cuts.PARTS // max(alone, 1), sizes["u_count"]), 1)
+    kernel = cpu.compile(pack.text(shape), cpu.Target.host())
+    sizes |= {"splits": splits}
+    return Packs(kernel, tuple(sizes[name] for name in pack.SIZES), alone * splits, bytes_)
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Compiled kernels with all of their arguments but the tensors'."""
@@ -129,10 +152,8 @@ class Prepared:
     settled: Tensor  # where the tables are, and the sizes
     tables: Tensor
     shares: int
-    packs: cpu.Kernel | None
-    pack_sizes: tuple[int, ...]
-    pack_tasks: int
-    packed_bytes: int
+    weight: Packs | None
+    images: Packs | None
 
 
 def _taps_of_weight(work: Work, w_strides: Sequence[int]) -> list[int]:
@@ -174,6 +195,11 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     per = 2 if is_.pairs else 1
     # Of the strip: from a place to the next, and from a channel (or a pair) to the next.
     place, channel = {"none": (x.col // per, x.channel), "pixels": (by_pixel, 1)}.get(source, (1, by_row))
+    pixels, x_pixel, side_by_side = math.prod(work.spatial), x.col, padded(work.batch, lanes)
+    if source == "images":
+        col = is_.channels * side_by_side
+        x = Places(True, pixels * col // max(work.group_in, 1), width.size * high.size * col, width.size * col, col)
+        channel = side_by_side
     terms, columns = is_.channels * work.taps, tile.vectors * lanes
     w_output, w_channel = (w_strides[1], w_strides[0]) if turned else w_strides[:2]
     w_group = w_strides[0] * (work.group_in if turned else work.group_out)
@@ -207,14 +233,16 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     blocks = -(-high.out // way.rows), -(-width.out // way.cols)
     strip_bytes, share_bytes = _share(is_, way, source, by_row, by_pixel)
     made = depth.made * high.made * width.made
+    planes = work.groups * (1 if source == "images" else work.batch)
     y_place = 1 if is_.places else work.out_channels
     sizes = {
         **dict.fromkeys(dense.SIZES, 0),
-        "tasks": work.batch * work.groups * depth.made * math.prod(blocks) * way.parts,
+        "tasks": planes * depth.made * math.prod(blocks) * way.parts,
         "shares": way.shares,
         "share": share_bytes // is_.size,
         "entries": strip_bytes // is_.size,
-        "planes": work.batch * work.groups,
+        "planes": planes,
+        "images": work.batch,
         "groups": work.groups,
         "group_in": work.group_in,
         "group_out": work.group_out,
@@ -250,10 +278,9 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     }
     zeros = work.group_in * request.dtype.itemsize if source == "list" else 0
     tables, addresses = _tables(work.mode, axes, way, source, taps, zeros, y_place)
-    packs, pack_sizes, pack_tasks = None, {}, 0
+    weight, images = None, None
     if packing is not None:
         pack_shape = pack.Shape(is_.element, STORED[request.dtype], is_.native, lanes, packing.pairs, packing.lay)
-        packs = cpu.compile(pack.text(pack_shape), target)
         pack_sizes = {
             "groups": work.groups,
             "outputs": work.group_out,
@@ -270,16 +297,35 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
             "r_v": packing.r_v,
             "width": wide,
         }
-        pack_tasks = work.groups * (packing.u_count if packing.beside else packing.vectors)
+        weight = _packs(pack_shape, pack_sizes, packing.bytes)
+    if source == "images":
+        pack_shape = pack.Shape(
+            is_.element, STORED[request.dtype], is_.native, lanes, "near" if is_.pairs else None, "transposed"
+        )
+        pack_sizes = {
+            "groups": work.groups,
+            "outputs": work.batch,
+            "vectors": side_by_side // lanes,
+            "u_count": pixels,
+            "v_count": is_.channels,
+            "w_group": work.group_in,
+            "w_output": x_strides[0],
+            "w_u": x_pixel,
+            "w_v": 1,
+            "w_far": 0,
+            "alone": -1,
+            "r_u": is_.channels,
+            "r_v": 1,
+            "width": side_by_side,
+        }
+        images = _packs(pack_shape, pack_sizes, cuts.images_bytes(work, lanes))
     ready = Prepared(
         cpu.compile(dense.text(shape), target),
         torch.tensor([*addresses, *(sizes[name] for name in dense.SIZES)]),
         tables,
         way.shares,
-        packs,
-        tuple(pack_sizes[name] for name in pack.SIZES) if packs else (),
-        pack_tasks,
-        padded(packing.bytes, ALIGNMENT) if packing else 0,
+        weight,
+        images,
     )
     weigh(ready, tables.nbytes)
     return ready
@@ -379,7 +425,7 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
     if source == "none":
         return 0, 0
     rows, length = way.strip.slots, way.strip.length
-    if source == "list":
+    if source in ("list", "images"):
         return 0, padded(8 * rows * length, ALIGNMENT)
     pixels = source == "pixels"
     strip = padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
@@ -397,10 +443,18 @@ def workspace_bytes(work: Work) -> int:
     most = 0
     for way in ways:
         pitches = cuts.pitches(is_, way.strip, way.lanes)
-        sources = {Reads.STRIP: ("rows", "pixels"), Reads.INPUT: ("none",), Reads.LIST: ("list",)}[way.reads]
+        sources = {
+            Reads.STRIP: ("rows", "pixels"),
+            Reads.INPUT: ("none",),
+            Reads.LIST: ("list",),
+            Reads.IMAGES: ("images",),
+        }[way.reads]
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
         packing = _packing(work, way, False)
-        most = max(most, way.shares * share + (padded(packing.bytes, ALIGNMENT) if packing else 0))
+        packed = [packing.bytes] if packing else []
+        if way.reads is Reads.IMAGES:
+            packed.append(cuts.images_bytes(work, way.lanes))
+        most = max(most, way.shares * share + sum(padded(bytes_, ALIGNMENT) for bytes_ in packed))
     return most
 
 
@@ -449,7 +503,6 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     w_strides = w.contiguous().stride() if copies_w else w.stride()
     ready = prepare(seen, x.stride(), w_strides, channels_inside)
     settled, threads, places = ready.settled.data_ptr(), request.threads, is_.places
-    packers = engine.movers(ready.packed_bytes, threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
@@ -458,10 +511,11 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         if copies_bias and bias is not None:
             bias = bias.contiguous()
         scratch, weight = workspace.data_ptr(), w.data_ptr()
-        if ready.packs is not None:
-            launch(ready.packs, (weight, scratch, *ready.pack_sizes), ready.pack_tasks, packers)
-            weight, scratch = scratch, scratch + ready.packed_bytes
         pixels = x.data_ptr()
+        if ready.weight is not None:
+            weight, scratch = scratch, ready.weight.run(weight, scratch, threads)
+        if ready.images is not None:
+            pixels, scratch = scratch, ready.images.run(pixels, scratch, threads)
         pointers = (
             pixels,
             weight,

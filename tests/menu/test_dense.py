@@ -166,6 +166,28 @@ TURNED = {
 ZEROS = {name: text for name, text in (ALL | TURNED).items() if ConvProblem.parse(text).padding_mode == "zeros"}
 
 
+def take_images(asked, monkeypatch):
+    """Choose to read several images at once, where pixels are at one distance."""
+    taken, natural = cuts.layout(axes.work(asked), True, cuts.Reads.IMAGES), cuts.natural
+    monkeypatch.setattr(cuts, "natural", lru_cache(lambda work, merge=True: taken if merge else natural(work, False)))
+
+
+@every_width_in_time
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str
+)
+@pytest.mark.parametrize("images", [3, 19])
+@pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
+def test_the_gradient_of_several_images_at_once(bits, images, dtype, text, as_if, monkeypatch):
+    """Scalars of a tile may be one place of several images, whatever the estimates say of it."""
+    as_if(bits)
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=True, has_bias=True, threads=2)
+    asked = dataclasses.replace(asked, problem=dataclasses.replace(asked.problem, batch=images))
+    take_images(asked, monkeypatch)
+    check(algorithm_for(text), asked, integers, in_channels_last)
+    check(algorithm_for(text), asked, integers, ODD["a window of pixels"])
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str
 )
@@ -248,6 +270,17 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
 def test_nothing_outside_is_touched_by_the_gradient(bits, text, dtype, channels_last, as_if, monkeypatch):
     as_if(bits)
     between_guards(text, dtype, Direction.GRAD_INPUT, channels_last, monkeypatch)
+
+
+@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_outside_is_touched_by_several_images_at_once(text, dtype, monkeypatch):
+    text = str(dataclasses.replace(ConvProblem.parse(text), batch=3))
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=True, has_bias=True, has_residual=True)
+    take_images(asked, monkeypatch)
+    forget()
+    between_guards(text, dtype, Direction.GRAD_INPUT, True, monkeypatch)
+    forget()
 
 
 def between_guards(text, dtype, direction, channels_last, monkeypatch):
@@ -353,7 +386,7 @@ def test_no_sum_is_spilled_on_arm(text, dtype, channels_last, as_if, monkeypatch
 
 def test_the_weight_of_a_small_map_is_not_packed():
     asked = asked_for("n1 c512 o512 x7x7 k3x3 p1")
-    assert dense.prepare(axes.work(asked), (25088, 49, 7, 1), (4608, 9, 3, 1), False).packs is None
+    assert dense.prepare(axes.work(asked), (25088, 49, 7, 1), (4608, 9, 3, 1), False).weight is None
     assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
 
 
