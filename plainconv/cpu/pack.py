@@ -37,7 +37,8 @@ SIZES = (
     "r_u",  # r = r_u * u + r_v * v
     "r_v",
     "width",  # lanes of a tile
-    "splits",  # tasks that share the u of a vector of outputs, unless those are copied
+    "runs",  # into which vectors (or outputs, if they are no lanes) of a group are cut for tasks, and
+    "splits",  # the u of a run; "copied" knows neither
 )
 
 
@@ -59,7 +60,10 @@ class Shape:
 
 @lru_cache(64)
 def text(shape: Shape) -> str:
-    """The kernel of this shape; tasks are pieces of a vector of outputs, of an output ("kept"), or are u ("copied")."""
+    """The kernel of this shape; tasks are runs of outputs, split along u, of all groups, or single u ("copied").
+
+    What lies side by side in memory should be read in one task: a run of one vector if that is u, else of all vectors.
+    """
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
     of = dict(zip((*POINTERS, *SIZES), given, strict=True))
@@ -92,35 +96,40 @@ def text(shape: Shape) -> str:
         e.loop(of["v_count"], [], each_v)
         return []
 
-    def task(i: Value, _: list[Value]) -> Sequence[Value]:
-        number, piece = (e.begin + i) // of["splits"], (e.begin + i) % of["splits"]
-        begin, end = (count * of["u_count"] // of["splits"] for count in (piece, piece + 1))
-        group, vector = number // of["vectors"], number % of["vectors"]
+    def squares(group: Value, vector: Value, u: Value) -> Sequence[Value]:
+        """All v of a vector of outputs, and one u."""
         output = vector * rows
         w = e.at(of["w"], group * of["w_group"] + output * of["w_output"], shape.stored)
-        to = e.at(of["packed"], place(group, output) if rows > 1 else number * size)
+        to = e.at(of["packed"], place(group, output) if rows > 1 else (group * of["vectors"] + vector) * size)
+
+        def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+            first = v * lanes
+            left = of["v_count"] - first
+            loaded = []
+            for r in range(rows):
+                here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
+                other = e.tail(e.select(e.compare("eq", u, of["alone"]), e.number(0), here))
+                loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here), other))
+            if rows > 1:
+                # Columns that do not exist are written over the last one, which is then written itself.
+                for column, value in reversed(list(enumerate(e.transpose(loaded)))):
+                    row = u * of["r_u"] + (first + e.least(left - 1, column)) * of["r_v"]
+                    e.store(value, to, row * of["width"])
+            else:
+                e.store(loaded[0], to, u * of["r_u"] + first, e.tail(left))
+            return []
+
+        e.loop((of["v_count"] + (lanes - 1)) // lanes, [], each_vector)
+        return []
+
+    def task(i: Value, _: list[Value]) -> Sequence[Value]:
+        rest, piece = (e.begin + i) // of["splits"], (e.begin + i) % of["splits"]
+        group, run = rest // of["runs"], rest % of["runs"]
+        begin, end = (count * of["u_count"] // of["splits"] for count in (piece, piece + 1))
+        first, behind = (count * of["vectors"] // of["runs"] for count in (run, run + 1))
 
         def each_u(i: Value, _: list[Value]) -> Sequence[Value]:
-            u = begin + i
-
-            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
-                first = v * lanes
-                left = of["v_count"] - first
-                loaded = []
-                for r in range(rows):
-                    here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
-                    other = e.tail(e.select(e.compare("eq", u, of["alone"]), e.number(0), here))
-                    loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here), other))
-                if rows > 1:
-                    # Columns that do not exist are written over the last one, which is then written itself.
-                    for column, value in reversed(list(enumerate(e.transpose(loaded)))):
-                        place = u * of["r_u"] + (first + e.least(left - 1, column)) * of["r_v"]
-                        e.store(value, to, place * of["width"])
-                else:
-                    e.store(loaded[0], to, u * of["r_u"] + first, e.tail(left))
-                return []
-
-            e.loop((of["v_count"] + (lanes - 1)) // lanes, [], each_vector)
+            e.loop(behind - first, [], lambda n, _: squares(group, first + n, begin + i))
             return []
 
         e.loop(end - begin, [], each_u)

@@ -137,11 +137,12 @@ class Packs(NamedTuple):
 
 def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
     """Tasks are enough for some threads, even of a single vector."""
-    alone = sizes["groups"] * (sizes["u_count"] if shape.lay == "copied" else sizes["vectors"])
-    splits = 1 if shape.lay == "copied" else max(min(cuts.PARTS // max(alone, 1), sizes["u_count"]), 1)
+    runs, u = sizes["vectors"] if sizes["w_u"] < sizes["w_output"] else 1, sizes["u_count"]
+    splits = u if shape.lay == "copied" else max(min(cuts.PARTS // max(sizes["groups"] * runs, 1), u), 1)
     kernel = cpu.compile(pack.text(shape), cpu.Target.host())
-    sizes |= {"splits": splits}
-    return Packs(kernel, tuple(sizes[name] for name in pack.SIZES), alone * splits, bytes_)
+    sizes |= {"runs": runs, "splits": splits}
+    tasks = sizes["groups"] * splits * (1 if shape.lay == "copied" else runs)
+    return Packs(kernel, tuple(sizes[name] for name in pack.SIZES), tasks, bytes_)
 
 
 @dataclass(frozen=True, eq=False)
