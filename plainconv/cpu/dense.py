@@ -70,6 +70,7 @@ SIZES = (
     "y_col",
     "out_rows",
     "out_width",
+    "made_width",  # of the result, if places lie apart
     "stride_depth",  # in depth_table, which has an entry for each depth of the result and each tap
     "stride_rows",
     "stride_cols",
@@ -106,6 +107,7 @@ class Shape:
     stride    along the width, of "rows"
     one_tap   a 1x1 kernel
     apart     whether places lie apart in the result: a stride turned round, which is made phase by phase
+    woven     how many phases of a row are made tile by tile, to be written as one: 2, 4 or 8, or 0
     scalars   x vectors: the tile
     pairs     whether a step multiplies two channels of bfloat
     stored    type of the tensors; bias, activation and residual as in Request
@@ -121,6 +123,7 @@ class Shape:
     stride: int
     one_tap: bool
     apart: bool
+    woven: int
     has_bias: bool
     has_residual: bool
     activation: str | None
@@ -167,9 +170,8 @@ class _Dense:
         self.channels = (of["group_in"] + (shape.steps - 1)) // shape.steps
         if shape.apart and shape.over == "places":
             # Where the sums of a tile become results, and what is added to them.
-            self.stack, self.added = (
-                e.stack(type_, shape.scalars * shape.vectors * shape.lanes) for type_ in (shape.element, shape.stored)
-            )
+            room = shape.scalars * shape.vectors * shape.lanes * max(shape.woven, 1)
+            self.stack, self.added = (e.stack(type_, room) for type_ in (shape.element, shape.stored))
         self.gather = Gather(e, of, shape.source, shape.stored, shape.stride, shape.pairs)
 
     def kernel(self) -> str:
@@ -269,6 +271,13 @@ class _Dense:
             a, b = e.at(of["a"], group * of["a_group"]), strip
         width = shape.vectors * shape.lanes
 
+        def phase_at(i: Value) -> Phase:
+            begin, each, start, rows, cols, table = (e.scalar(of["phases"], i * PHASE + j, "i64") for j in range(PHASE))
+            rows = e.most(e.least(of["block_rows"], rows - row), 0)
+            cols = e.most(e.least(of["block_cols"], cols - col), 0)
+            taps = begin + self.gather.reach(depth, 0) * each, self.gather.reach(depth, 1) * each
+            return Phase(rows * cols, y + start, *taps, e.at(of["places"], table, "i64"))
+
         def each_phase(body: Callable[[Phase], None]) -> None:
             if not shape.apart:
                 rows = e.least(of["block_rows"], of["out_rows"] - row)
@@ -277,12 +286,7 @@ class _Dense:
                 return
 
             def phase(i: Value, _: list[Value]) -> Sequence[Value]:
-                numbers = (e.scalar(of["phases"], i * PHASE + j, "i64") for j in range(PHASE))
-                begin, each, start, rows, cols, table = numbers
-                rows = e.most(e.least(of["block_rows"], rows - row), 0)
-                cols = e.most(e.least(of["block_cols"], cols - col), 0)
-                taps = begin + self.gather.reach(depth, 0) * each, self.gather.reach(depth, 1) * each
-                body(Phase(rows * cols, y + start, *taps, e.at(of["places"], table, "i64")))
+                body(phase_at(i))
                 return []
 
             e.loop(of["phase_count"], [], phase)
@@ -367,6 +371,35 @@ class _Dense:
         if shape.over == "places":
             scalar_tiles = (of["group_out"] + (shape.scalars - 1)) // shape.scalars
 
+            def woven(count: int, i: Value) -> None:
+                """All phases of a row of the result for one tile of places after the other."""
+
+                def row_of_phases(number: Value, _: list[Value]) -> Sequence[Value]:
+                    first = phase_at(number * shape.woven)
+                    made = e.least(first.places * shape.woven, of["made_width"] - col * shape.woven)
+                    tiles, every = tiles_of(first.places)
+
+                    def weave(vectors: int, at: Value, a_at: Value) -> None:
+                        masks = [None] * (vectors - 1) + [e.tail(first.places - at - (vectors - 1) * shape.lanes)]
+                        size = count * vectors * shape.lanes
+
+                        def one(p: Value, _: list[Value]) -> Sequence[Value]:
+                            phase = phase_at(number * shape.woven + p)
+                            begin = e.at(b, i * of["b_scalar"], self.b_type)
+                            acc = self.sums(e.at(a, a_at), begin, x, phase, channel, at, i, count, masks)
+                            for n, total in enumerate(acc):
+                                e.store(total, self.stack, p * size + n * shape.lanes)
+                            return []
+
+                        e.loop(e.number(shape.woven), [], one)
+                        start = first.y + i * of["y_channel"]
+                        self.put_woven(vectors, size, count, start, at * shape.woven, made)
+
+                    over_lanes(tiles, e.number(0), every, weave)
+                    return []
+
+                e.loop(of["phase_count"] // shape.woven, [], row_of_phases)
+
             def outputs(count: int, i: Value) -> None:
                 def places(phase: Phase) -> None:
                     tiles, every = tiles_of(phase.places)
@@ -376,7 +409,7 @@ class _Dense:
 
                 each_phase(places)
 
-            over_scalars(of["group_out"], *part_of(scalar_tiles), outputs)
+            over_scalars(of["group_out"], *part_of(scalar_tiles), woven if shape.woven else outputs)
             return
         tiles, every = tiles_of(of["group_out"])
 
@@ -460,6 +493,27 @@ class _Dense:
             each_place(lambda at, i: e.put(e.scalar(of["residual"], at, carrier), self.added, i))
         e.loop(len(acc), [], finished)
         each_place(lambda at, i: e.put(e.scalar(self.stack, i, carrier), of["y"], at))
+
+    def put_woven(self, vectors: int, size: int, scalars: int, start: Value, first: Value, made: Value) -> None:
+        """Finish the sums [phase, scalars, vectors] on the stack, `size` a phase, and write the phases interleaved.
+
+        They begin at `first` of the `made` numbers of a row; `start` is where the row of the first scalar is.
+        """
+        e, of, shape = self.e, self.given, self.shape
+
+        def each_scalar(s: Value, _: list[Value]) -> Sequence[Value]:
+            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+                at = (s * vectors + v) * shape.lanes
+                parts = [e.load(self.stack, at + p * size) for p in range(shape.woven)]
+                for k, total in enumerate(e.interleave(parts)):
+                    behind = first + v * (shape.lanes * shape.woven) + k * shape.lanes
+                    self.put(total, start + s * of["y_channel"] + behind, e.tail(made - behind))
+                return []
+
+            e.loop(e.number(vectors), [], each_vector)
+            return []
+
+        e.loop(e.number(scalars), [], each_scalar)
 
     def sums(
         self,

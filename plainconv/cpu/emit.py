@@ -507,6 +507,15 @@ class Emit:
         operands = f"{a.type} {a.text}, {b.type} {b.text}"
         return self._emit(f"shufflevector {operands}, <{self.lanes} x i32> <{numbers}>", a.type)
 
+    def interleave(self, parts: Sequence[Value]) -> list[Value]:
+        """The first lanes of all parts, then their second lanes, ...; there are 1, 2, 4, ... of them."""
+        if len(parts) == 1:
+            return list(parts)
+        lower = [lane // 2 + lane % 2 * self.lanes for lane in range(self.lanes)]
+        upper = [lane + self.lanes // 2 for lane in lower]
+        both = zip(self.interleave(parts[::2]), self.interleave(parts[1::2]), strict=True)
+        return [self.pick(even, odd, lanes) for even, odd in both for lanes in (lower, upper)]
+
     def _splat(self, value: Value) -> Value:
         vector = f"<{self.lanes} x {value.type}>"
         one = self._emit(f"insertelement {vector} poison, {value.type} {value.text}, i32 0", vector)

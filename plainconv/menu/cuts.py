@@ -53,6 +53,7 @@ NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
 SCATTER = 2.0  # a number of the result that lies apart from its neighbours
+WEAVE = 6.0  # a vector of the result, of which each phase has a part
 HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
 BYTES_PER_SECOND = 25e9  # of memory
 CACHED = 100e9  # of the cache that cores share
@@ -279,7 +280,8 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             cycles = (full * (count - 1) + less) / count * vector * len(all_phases)
             scalars, vectors = _factors(is_, work, most, lanes)
             if apart(axes) and is_.places:
-                cycles += SCATTER * lanes * scalars * vectors * len(all_phases)
+                each = WEAVE if woven(axes) else SCATTER * lanes
+                cycles += each * scalars * vectors * len(all_phases)
             cycles *= FAR if strip_bytes > STRIP_BYTES else 1.0
             if listed and strip_bytes > STRIP_BYTES:
                 cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
@@ -355,6 +357,12 @@ def _factors(is_: Kind, work: Work, places: int, lanes: int) -> tuple[int, int]:
 def apart(axes: Axes) -> bool:
     """Whether places that are computed together lie apart in the result."""
     return any(axis.step > 1 for axis in axes[1:])
+
+
+def woven(axes: Axes) -> int:
+    """How many phases of a result of one row are written as one, lanes being places; 0 if they are not."""
+    _, high, width = axes
+    return width.step if high.made == 1 and width.step in (2, 4, 8) and width.made >= width.step else 0
 
 
 def phases(axes: Axes) -> list[tuple[int, int]]:

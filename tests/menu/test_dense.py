@@ -155,6 +155,8 @@ TURNED = {
     "kernel is the stride, pairs": "n1 c18 o5 x9x33 k1x3 s1x3",
     "1-D, long": "n1 c9 o4 x1499 k16 s8 p4",
     "one row of many parts": "n1 c2 o3 x2x5001 k2x5 s1x2 p0x2",
+    "1-D, two phases": "n2 c9 o13 x2051 k4 s2 p1",
+    "1-D, four phases, one without taps": "n1 c9 o4 x1030 k3 s4",
     "dilation shares a factor": "n1 c5 o4 x23x31 k3x4 s4x6 d2x4 p3",
     "cropped": "n1 c5 o4 x23x31 k3x4 s2x3 p-2:1x-3:-4",
     "3-D": "n1 c10 o4 x7x9x12 k3x3x4 s2x3x2 p1 g2",
@@ -415,6 +417,6 @@ def test_taps_wholly_in_the_padding_are_skipped(channels_last):
 def test_tile_counts_of_the_kernel():
     """Of all that a shape can say, only what the tile and the types are makes a new text."""
     shape = kernel.Shape(
-        "float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, False, False, None, 8, 3
+        "float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, 0, False, False, None, 8, 3
     )
     assert kernel.text(shape) is kernel.text(dataclasses.replace(shape))
