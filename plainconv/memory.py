@@ -1,8 +1,8 @@
-"""Large results in large pages: memory that the system has to hand out first costs less in pieces of 2 MiB.
+"""Large tensors in large pages: memory that the system has to hand out first costs less in pieces of 2 MiB.
 
-A result of 32 MiB and more is fresh memory in every call (the C library gives so much back at once), and to touch each
-of its pages of 4 KiB for the first time takes longer than to fill them.  Linux gives pages of 2 MiB to who asks, unless
-it is told to give them to all or to none.
+A result or scratch memory of 32 MiB and more is fresh in every call (the C library gives so much back at once), and to
+touch each of its pages of 4 KiB for the first time takes longer than to fill them.  Linux gives pages of 2 MiB to who
+asks, unless it is told to give them to all or to none.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import Tensor
 from plainconv import measure
 from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
+from plainconv.memory import LARGE, in_large_pages
 from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
@@ -88,10 +89,13 @@ class Plan:
         run = algorithm.bind(request, tensors) if algorithm.bind else partial(algorithm.run, request)
         device = tensors.first.device
         kept = size <= KEPT and device.type == "cpu"
+        large = size >= LARGE and device.type == "cpu"
         unfinished = not algorithm.fuses and (request.has_residual or request.activation is not None)
 
         def call(tensors: Tensors, out: Tensor) -> None:
             workspace = _take(size) if kept else torch.empty(size, dtype=torch.uint8, device=device)
+            if large:
+                in_large_pages(workspace)
             run(tensors, out, workspace)
             if kept:
                 _kept.workspace = workspace
