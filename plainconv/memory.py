@@ -1,42 +1,63 @@
-"""Large tensors in large pages: memory that the system has to hand out first costs less in pieces of 2 MiB.
+"""Memory of large results, and of large scratch, which is kept for the next when it is given back.
 
-A result or scratch memory of 32 MiB and more is fresh in every call (the C library gives so much back at once), and to
-touch each of its pages of 4 KiB for the first time takes longer than to fill them.  Linux gives pages of 2 MiB to who
-asks, unless it is told to give them to all or to none.
+The C library gives 32 MiB and more back to the system at once, and less of it now and then.  The next result then is
+fresh memory, and to touch each of its pages for the first time takes as long as to fill them.  So large tensors lie in
+blocks of our own: a block is lent to a tensor, comes back when nothing uses the tensor's storage any more, and is lent
+again to one of about its size.  Blocks are asked for in pages of 2 MiB, where the system has such.  At most
+MOST_KEPT bytes wait to be lent; those that have waited longest go first.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-LARGE = 4 << 20  # bytes from which it is worth the call
+LARGE = 4 << 20  # bytes from which it is worth it
+MOST_KEPT = 256 << 20
 _PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
-_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_waiting: deque[mmap.mmap] = deque()  # each change is one step, as blocks come back at any time and in any thread
 
 
-def in_large_pages(tensor: Tensor) -> None:
-    """Ask that the large pages which a fresh tensor on a CPU fills be given as such."""
-    if tensor.nbytes >= LARGE and (ask := _asker()) is not None:
-        begin = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        end = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-        if end > begin:
-            ask(begin, end - begin, _MADV_HUGEPAGE)  # what is refused stays in small pages
+def lent(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU with these sizes and dense strides; what is in it is anything."""
+    size = dtype.itemsize
+    for extent in shape:
+        size *= extent
+    block = _take(size)
+    view = memoryview(block)
+    # The storage holds the view, and nothing else does.
+    weakref.finalize(view, _give_back, block).atexit = False
+    storage = torch.frombuffer(view, dtype=torch.uint8, count=size).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
 
 
-@functools.cache
-def _asker() -> Callable[[int, int, int], int] | None:
-    """madvise, if this system gives large pages to who asks."""
-    try:
-        if "[madvise]" not in _SETTING.read_text():
-            return None
-        madvise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+def _take(size: int) -> mmap.mmap:
+    """A block that waits and has not much more than so many bytes, or else a new one."""
+    for block in reversed(tuple(_waiting)):
+        if size <= len(block) <= size + size // 4:
+            with contextlib.suppress(ValueError):  # it is lent already
+                _waiting.remove(block)
+                return block
+    if os.name != "posix":
+        return mmap.mmap(-1, size)
+    block = mmap.mmap(-1, -(-size // _PAGE) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without large pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _give_back(block: mmap.mmap) -> None:
+    if len(block) > MOST_KEPT:
+        return
+    _waiting.append(block)
+    while sum(map(len, tuple(_waiting))) > MOST_KEPT:
+        with contextlib.suppress(IndexError):
+            _waiting.popleft()

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
-from plainconv.memory import LARGE, in_large_pages
+from plainconv.memory import LARGE, lent
 from plainconv.menu.base import Tensors
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
@@ -233,9 +233,7 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
     fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        out = torch.empty_strided(*how, dtype=dtype, device=device)
-        if large:
-            in_large_pages(out)
+        out = lent(*how, dtype) if large else torch.empty_strided(*how, dtype=dtype, device=device)
         fill(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
         return out
 

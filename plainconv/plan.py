@@ -22,7 +22,7 @@ from torch import Tensor
 from plainconv import measure
 from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
-from plainconv.memory import LARGE, in_large_pages
+from plainconv.memory import LARGE, lent
 from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
@@ -93,9 +93,10 @@ class Plan:
         unfinished = not algorithm.fuses and (request.has_residual or request.activation is not None)
 
         def call(tensors: Tensors, out: Tensor) -> None:
-            workspace = _take(size) if kept else torch.empty(size, dtype=torch.uint8, device=device)
             if large:
-                in_large_pages(workspace)
+                workspace = lent((size,), (1,), torch.uint8)
+            else:
+                workspace = _take(size) if kept else torch.empty(size, dtype=torch.uint8, device=device)
             run(tensors, out, workspace)
             if kept:
                 _kept.workspace = workspace

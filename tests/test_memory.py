@@ -1,0 +1,114 @@
+"""Memory of large results: lent, given back, lent again, and bounded."""
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import plainconv
+from plainconv import memory
+from plainconv.memory import LARGE, lent
+
+FLOATS = LARGE // 4
+
+
+@pytest.fixture(autouse=True)
+def _nothing_waits():
+    memory._waiting.clear()
+    yield
+    memory._waiting.clear()
+
+
+def test_a_result_has_what_was_asked_for_and_is_no_view():
+    y = lent((2, 3, FLOATS), (3 * FLOATS, 1, 3), torch.float32)
+    assert (y.shape, y.stride(), y.dtype) == ((2, 3, FLOATS), (3 * FLOATS, 1, 3), torch.float32)
+    assert not y._is_view()
+    assert y.data_ptr() % 64 == 0
+    assert y.untyped_storage().nbytes() == 6 * LARGE
+
+
+def test_memory_is_lent_again_when_nothing_uses_it_any_more():
+    y = lent((FLOATS,), (1,), torch.float32)
+    first, part = y.data_ptr(), y[7:9].fill_(5.0)
+    del y
+    other = lent((FLOATS,), (1,), torch.float32)
+    assert other.data_ptr() != first, "a view still uses it"
+    assert part.tolist() == [5.0, 5.0]
+    del part
+    assert lent((FLOATS,), (1,), torch.float32).data_ptr() == first
+
+
+def test_a_block_is_not_lent_to_results_much_smaller_than_it_or_larger():
+    first = lent((4 * FLOATS,), (1,), torch.float32).data_ptr()
+    small, large = (lent((count,), (1,), torch.float32) for count in (3 * FLOATS, 4 * FLOATS + 1))
+    assert first not in (small.data_ptr(), large.data_ptr())
+
+
+def test_what_waits_is_bounded_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_KEPT", 3 * LARGE)
+    tensors = [lent((FLOATS,), (1,), torch.float32) for _ in range(5)]
+    places = [each.data_ptr() for each in tensors]
+    while tensors:
+        del tensors[0]
+    assert sum(map(len, memory._waiting)) == 3 * LARGE
+    again = [lent((FLOATS,), (1,), torch.float32) for _ in range(3)]
+    assert {each.data_ptr() for each in again} == set(places[2:])
+
+
+def test_large_results_and_gradients_use_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr("plainconv.ops.lent", lambda *how: seen.append(how[0]) or lent(*how))
+    x, w = torch.randn(1, 16, 70000, requires_grad=True), torch.randn(16, 16, 3, requires_grad=True)
+    y = plainconv.conv1d(x, w)
+    y.backward(torch.ones_like(y))
+    assert seen == [(1, 16, 69998), (1, 16, 70000)]
+    theirs = torch.autograd.grad(torch.nn.functional.conv1d(x, w).sum(), (x, w))
+    for ours, torchs in zip((x.grad, w.grad), theirs, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-3, atol=1e-3)
+    kept = x.grad.clone()
+    for _ in range(3):
+        plainconv.conv1d(x, w).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * kept)
+
+
+def test_a_result_can_be_copied_saved_shared_and_changed():
+    y = lent((FLOATS,), (1,), torch.float32).fill_(2.0)
+    assert copy.deepcopy(y).sum() == pickle.loads(pickle.dumps(y)).sum() == 2 * FLOATS
+    y.requires_grad_().mul(3).sum().backward()
+    with torch.no_grad():
+        y += 1
+    assert y.detach().share_memory_().sum() == 3 * FLOATS
+
+
+def test_many_threads_at_once():
+    wrong = []
+
+    def work(mine):
+        for _ in range(200):
+            y = lent((FLOATS,), (1,), torch.float32)
+            y[::4096] = mine
+            if not (y[::4096] == mine).all():
+                wrong.append(mine)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not wrong
+    assert 1 <= len(memory._waiting) <= 8
+
+
+def test_a_result_may_outlive_the_interpreter():
+    code = """
+import torch
+from plainconv.memory import LARGE, lent
+torch.kept = lent((LARGE,), (1,), torch.uint8)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
