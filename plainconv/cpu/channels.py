@@ -18,6 +18,8 @@ and the loops are, from the outside in,
               load weights
               each input row: load x, a pixel that serves all the outputs it lies under; acc[r][p] += weight * x
 
+(where a group has more channels than one, what is read and multiplied in a step is told by plainconv/cpu/groups.py)
+
 so that a pixel is loaded once for all that it meets: with 3x3 taps, two rows of 7 pixels load 4 rows of 9 for 126
 products.  Depths follow each other, since they read nearly the same.
 
@@ -55,7 +57,9 @@ SIZES = (
     "y_depth",
     "y_row",
     "y_pixel",
-    "channels",
+    "channels",  # of the output
+    "group_in",
+    "group_out",
     "blocks",  # of channels
     "groups",  # that blocks are dealt to
     "tasks",  # of a group
@@ -86,6 +90,7 @@ class Shape:
     weight           where its taps are
     turned           whether depth and rows have changed places: the weight still has its taps in the old order
     mask             whether there are fewer channels than lanes
+    seen, made       input and output channels of each group in a vector; one that fills it makes as many as lanes
     rows, pixels     of a tile; `ends`: pixels of the narrower tiles, 0 if there are none
     inner, taps      along the rows and the width, that are unrolled together
     holds            whether all their weights stay in registers, or only those that an input row meets
@@ -101,6 +106,8 @@ class Shape:
     turned: bool
     weight: Weight
     mask: bool
+    seen: int
+    made: int
     rows: int
     pixels: int
     ends: int
@@ -136,13 +143,13 @@ class Shape:
 def text(shape: Shape) -> str:
     """The kernel of this shape: POINTERS and SIZES are its arguments, tasks count group, image, span, strip, depth.
 
-    packed has room for [shares, blocks, taps, lanes] accumulators.
+    packed has room for [shares, blocks, input channels of a group, taps, lanes] accumulators.
     """
-    return _Channels(shape).kernel()
+    return Channels(shape).kernel()
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Blocks of channels: the first, how many, where their weight is packed, and whether it has infinities or NaN."""
 
     first: Value
@@ -151,12 +158,16 @@ class _Group:
     bad: Value
 
 
-class _Channels:
+class Channels:
+    """The kernel of groups of one channel."""
+
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.e = e = Emit(shape.lanes, shape.element, shape.native)
         given = e.arguments(*("ptr",) * len(POINTERS), *("i64",) * len(SIZES))
         self.given = dict(zip((*POINTERS, *SIZES), given, strict=True))
+        if shape.made == 1:
+            self.given |= {"group_in": e.number(1), "group_out": e.number(1)}
         steps = shape.kernel[0] * shape.chunks
         self.starts = e.stack("ptr", steps * len(shape.meets))  # where input rows begin: nowhere, if left out
         self.pixels = e.stack("i64", steps * len(shape.meets))  # how far apart their pixels are
@@ -168,7 +179,7 @@ class _Channels:
         e, of, shape = self.e, self.given, self.shape
         each = of["tasks"]
         share = (e.begin * of["shares"] + (each * of["groups"] - 1)) // (each * of["groups"])
-        size = of["blocks"] * (shape.weight.all_taps * shape.lanes)
+        size = of["blocks"] * of["group_in"] * (shape.weight.all_taps * shape.lanes)
         packed = e.at(of["packed"], share * size)
         first = e.begin // each
 
@@ -177,7 +188,7 @@ class _Channels:
             behind = number * each
             begin, end = e.most(e.begin, behind), e.least(e.end, behind + each)
             first_block, count = self.share(number, "blocks", "groups")
-            blocks = _Group(first_block, count, packed, self.pack(first_block, count, packed))
+            blocks = Group(first_block, count, packed, self.pack(first_block, count, packed))
 
             def task(i: Value, _: list[Value]) -> Sequence[Value]:
                 self.task(blocks, begin - behind + i)
@@ -203,18 +214,27 @@ class _Channels:
     # -- the weight --------------------------------------------------------------------------------------------------
 
     def pack(self, first: Value, count: Value, packed: Value) -> Value:
-        """Write the weight of these blocks to [block, taps, lanes]; whether any of it times zero is not zero."""
+        """Write the weight of these blocks to [block, c, taps, lanes]; whether any of it times zero is not zero."""
         e, of, shape = self.e, self.given, self.shape
-        taps, lanes = shape.weight.all_taps, shape.lanes
+        taps, lanes, each = shape.weight.all_taps, shape.lanes, of["group_in"]
+        by_output, by_input = (e.number(taps), of["group_out"] * taps) if shape.weight.turned else (each * taps, taps)
+        by_group = each * of["group_out"] * taps
+        steps = [by_group * (lane // shape.made) + by_output * (lane % shape.made) for lane in range(lanes)]
 
         def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
-            w, to = e.at(of["w"], self.channel(first + i) * taps, shape.stored), e.at(packed, i * (taps * lanes))
+            output = self.channel(first + i)
+            begin = output // of["group_out"] * by_group + output % of["group_out"] * by_output
+            e.loop(each, [], lambda c, _: each_input(begin + c * by_input, (i * each + c) * (taps * lanes)))
+            return []
+
+        def each_input(begin: Value, behind: Value) -> Sequence[Value]:
+            w, to = e.at(of["w"], begin, shape.stored), e.at(packed, behind)
 
             def square(i: Value, _: list[Value]) -> Sequence[Value]:
                 """As many taps as lanes, or all; the last ones may have been packed before."""
                 tap = e.least(i * lanes, max(taps - lanes, 0))
                 some = e.tail(taps) if taps < lanes else None
-                across = e.transpose([e.load(w, tap + c * taps, some, shape.stored) for c in range(lanes)])
+                across = e.transpose([e.load(w, tap + step, some, shape.stored) for step in steps])
                 for t, vector in enumerate(across[:taps]):
                     e.store(vector, to, (tap + t) * lanes)
                 return []
@@ -240,7 +260,7 @@ class _Channels:
             return e.compare("ne", 0, 0)  # the border of a gradient is not there, not even as zeros
         begin = self.channel(first)
         end = e.least((first + count) * lanes, of["channels"])
-        w, numbers = e.at(of["w"], begin * taps, shape.stored), (end - begin) * taps
+        w, numbers = e.at(of["w"], begin * each * taps, shape.stored), (end - begin) * each * taps
 
         def times_zero(at: Value, total: Value, mask: Value | None = None) -> Value:
             return e.fma(e.load(w, at, mask, shape.stored), e.zero, total)
@@ -261,7 +281,7 @@ class _Channels:
 
     # -- a strip -----------------------------------------------------------------------------------------------------
 
-    def task(self, group: _Group, place: Value) -> None:
+    def task(self, group: Group, place: Value) -> None:
         e, of, shape = self.e, self.given, self.shape
         d, place = place % of["out_depth"], place // of["out_depth"]
         strip, place = place % of["strips"], place // of["strips"]
@@ -270,7 +290,7 @@ class _Channels:
         steps = self.fill(group.bad, image, d, strip)
         to = image * of["y_image"] + d * of["y_depth"] + row * of["y_row"]
 
-        def tile(first: Value, pixels: int, inside: bool) -> None:
+        def tile(first: Value, pixels: int, inside: Value | bool) -> None:
             def each_block(i: Value, _: list[Value]) -> Sequence[Value]:
                 self.tile(group, i, steps, to, first, pixels, inside)
                 return []
@@ -295,6 +315,13 @@ class _Channels:
                     edge()
 
             within = e.compare("ult", number - of["head"], of["inside"])
+            if shape.made > 1:  # what differs is only how it is copied
+                whole = partial(tile, number * shape.pixels, shape.pixels, within)
+                if shape.ends:
+                    e.when(number < of["tiles"], whole, end)
+                else:
+                    whole()
+                return []
             e.when(within, lambda: tile(number * shape.pixels, shape.pixels, True), not_inside)
             return []
 
@@ -343,40 +370,24 @@ class _Channels:
     # -- a tile ------------------------------------------------------------------------------------------------------
 
     def tile(
-        self, group: _Group, block: Value, steps: Value, to: Value, first: Value, pixels: int, inside: bool
+        self, group: Group, block: Value, steps: Value, to: Value, first: Value, pixels: int, inside: Value | bool
     ) -> None:
         """Pixels first, first + 1, ... of the rows of a strip, in the channels of one block of the group."""
         e, of, shape = self.e, self.given, self.shape
         width, taps = shape.kernel[2], shape.taps
         channel = self.channel(group.first + block)
         bias = e.load(of["bias"], channel, self.mask, shape.stored) if shape.has_bias else e.zero
-        packed = e.at(group.packed, block * (shape.weight.all_taps * shape.lanes))
+        packed = e.at(group.packed, block * of["group_in"] * (shape.weight.all_taps * shape.lanes))
         place = first * shape.stride[1]  # in the padded row, where the first tap begins
-        size = SCALARS[shape.stored]
-        lines = (of["x_pixel"] * (pixels * shape.stride[1] * size) // LINE + group.count) // group.count
-        behind = ((place - of["lo"]) * of["x_pixel"] + of["ahead"]) * size + block * lines * LINE
 
         def each_step(step: Value, acc: list[Value]) -> Sequence[Value]:
             weights = e.at(packed, e.scalar(self.weights, step, "i64"))
-
-            def ask(i: Value, _: list[Value]) -> Sequence[Value]:
-                start = e.at(e.scalar(self.starts, begin + i, "ptr"), behind, "i8")
-
-                def line(i: Value, _: list[Value]) -> Sequence[Value]:
-                    e.prefetch(e.at(start, i * LINE, "i8"))
-                    return []
-
-                e.loop(lines, [], line)
-                return []
-
-            begin = e.scalar(self.asked, step, "i64")
-            if inside:
-                e.loop(e.scalar(self.asked, step + 1, "i64") - begin, [], ask)
+            self.ask(group, block, step, place, pixels, inside)
 
             def some(chunk: Value, acc: list[Value], count: int = taps) -> Sequence[Value]:
                 w = e.at(weights, chunk * (taps * shape.weight.steps[2] * shape.lanes))
                 left = place + chunk * (taps * shape.dilation[1])
-                return self.taps(group, channel, acc, step, w, left, pixels, count, inside)
+                return self.taps(group, block, acc, step, w, left, pixels, count, inside)
 
             acc = e.loop(width // taps, acc, some)
             return some(e.number(width // taps), acc, width % taps) if width % taps else acc
@@ -390,20 +401,42 @@ class _Channels:
                 e.store(result, of["y"], at, self.mask, shape.stored)
                 at = at + of["y_pixel"]
 
+    def ask(self, group: Group, block: Value, step: Value, place: Value, pixels: int, inside: Value | bool) -> None:
+        """Of an input larger than the caches, ask for a part of what the next task reads."""
+        e, of, shape, size = self.e, self.given, self.shape, SCALARS[self.shape.stored]
+        if not inside:
+            return
+        lines = (of["x_pixel"] * (pixels * shape.stride[1] * size) // LINE + group.count) // group.count
+        behind = ((place - of["lo"]) * of["x_pixel"] + of["ahead"]) * size + block * lines * LINE
+        begin = e.scalar(self.asked, step, "i64")
+
+        def row(i: Value, _: list[Value]) -> Sequence[Value]:
+            start = e.at(e.scalar(self.starts, begin + i, "ptr"), behind, "i8")
+
+            def line(i: Value, _: list[Value]) -> Sequence[Value]:
+                e.prefetch(e.at(start, i * LINE, "i8"))
+                return []
+
+            e.loop(lines, [], line)
+            return []
+
+        e.loop(e.scalar(self.asked, step + 1, "i64") - begin, [], row)
+
     def taps(
         self,
-        group: _Group,
-        channel: Value,
+        group: Group,
+        block: Value,
         acc: list[Value],
         step: Value,
         weights: Value,
         left: Value,
         pixels: int,
         count: int,
-        inside: bool,
+        inside: Value | bool,
     ) -> list[Value]:
         """Add what the input rows of a step give to `count` neighbouring taps, the first of them at place `left`."""
         e, of, shape = self.e, self.given, self.shape
+        channel = self.channel(group.first + block)
         under: dict[int, list[tuple[int, int]]] = {}  # for each place, the pixels it serves, and by which tap
         for p in range(pixels):
             for k in range(count):

@@ -1,4 +1,4 @@
-"""How `depthwise` serves channels_last: the kernel of plainconv/cpu/channels.py, its tiles, its tables, its cost.
+"""How `depthwise` and `narrow` serve channels_last: the kernel of plainconv/cpu/channels.py, its tiles, tables, cost.
 
 Nothing is padded and no input is copied; the weight, packed by each thread for itself, is the workspace.
 """
@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plainconv.cpu import channels
+from plainconv.cpu import channels, groups
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
@@ -28,14 +29,20 @@ from plainconv.remember import on_forget, weigh
 PIXELS = 7  # of a tile: the maps of most networks are 7 * 2^n wide
 ROWS = 2  # and as many rows, where that many products are not too many
 UNROLLED = 400  # products in a row, at most, where taps along the rows are unrolled
+PACKED = 128 << 10  # bytes of a packed weight that stay in a core's own cache, beside what it is multiplied with
 TASKS = 2  # for each thread, at least, so that shares come out even
 ASKED = 16 << 20  # bytes of an input so large that what the next task reads is asked for ahead
+ASKED_GROUPS = 4 << 20  # the same where it is asked for beside a copy
 SPAN = 128  # tiles along the width that a task has, at most
 
 # Rough speeds, measured on one core with AVX-512: they choose tiles and rank algorithms.
 CYCLES_PER_SECOND = 3.66e9  # in each, a vector is multiplied and added
 LINE = 2.0  # cycles, of 64 bytes from the second cache: a tile finds little in the first
 STEP = 10.0
+BROADCAST = 1.4  # an input channel for all lanes of its group
+DEALT = 2.5  # or for those of several groups at once
+INPUT = 15.0  # an input channel of a group
+COPY = 2.5  # a vector of input channels, copied
 TILE = 20.0
 STRIP = 60.0
 HIGH = 28  # rows of a picture so high that an odd one does not count
@@ -49,7 +56,7 @@ THREADS_S = 4e-6
 
 
 def why_not(request: Request) -> str | None:
-    """The sentence for what the kernel does not do."""
+    """The sentence for what the kernel does not do for `depthwise`."""
     made, word = request.problem.group_out, "output"
     if request.direction is Direction.GRAD_INPUT:
         made, word = request.problem.group_in, "input"
@@ -58,10 +65,47 @@ def why_not(request: Request) -> str | None:
     return engine.why_not(request) or gradients(request)
 
 
+def why_not_groups(request: Request) -> str | None:
+    """The sentence for what the kernel does not do for `narrow`."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        return "it makes no gradient for a weight in channels_last"
+    if sentence := engine.why_not(request) or gradients(request):
+        return sentence
+    if any(_vector(part.request, cpu.Target.host()) is None for part in _parts(request)):
+        problem = request.problem
+        sides = f"{problem.group_in} input and {problem.group_out} output channels"
+        return f"in channels_last a vector has to be a part of a group or hold a few whole ones, and theirs are {sides}"
+    return None
+
+
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
 
 Sides = tuple[Side, Side, Side]
+
+
+class Vector(NamedTuple):
+    """Lanes of a vector of outputs; input and output channels of each group in it: see `channels.Shape`."""
+
+    lanes: int
+    seen: int
+    made: int
+
+
+def _vector(request: Request, target: cpu.Target) -> Vector | None:
+    """The widest vector that is a part of a group, or holds several whole ones; None if there is none."""
+    problem, size = request.problem, engine.summed(request)[1]
+    lanes, least, seen, made = target.bits // 8 // size, 16 // size, problem.group_in, problem.group_out
+    if seen == made == 1:  # neighbours alike, whole or not
+        return Vector(min(lanes, max(least, 1 << (problem.in_channels - 1).bit_length())), 1, 1)
+    while lanes >= least:
+        if made and made % lanes == 0:
+            return Vector(lanes, 0, lanes)
+        held = lanes // max(made, 1)
+        if made > 1 and lanes % made == 0 and held <= problem.groups and (held - 1) * seen < 2 * lanes:
+            return Vector(lanes, seen, made)
+        lanes //= 2
+    return None
 
 
 @lru_cache(4096)
@@ -85,10 +129,11 @@ def sides_of(problem: ConvProblem, regular: bool, turned: bool) -> Sides:
 def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> channels.Shape:
     request, problem = part.request, part.request.problem
     depth, high, width = sides_of(problem, regular, turned)
-    stored = STORED[request.dtype]
-    element = "double" if stored == "double" else "float"
-    size = 8 if element == "double" else 4
-    lanes = min(target.bits // 8 // size, max(16 // size, 1 << (problem.in_channels - 1).bit_length()))
+    stored, (element, _) = STORED[request.dtype], engine.summed(request)
+    vector = _vector(request, target)
+    if vector is None:
+        raise ValueError(f"{request} has no vector of whole groups")
+    lanes, seen, made = vector
     pixels = next(pixels for pixels in (PIXELS, 4, 2, 1) if pixels <= width.out)
     spare = target.registers - (2 if target.fma else 4)  # products of their own lie beside the sums
     rows = min(ROWS, high.out) if target.registers > 16 else 1
@@ -106,7 +151,9 @@ def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> chann
         dilation=(high.dilation, width.dilation),
         weight=part.weight,
         turned=turned,
-        mask=problem.in_channels < lanes,
+        mask=problem.out_channels < lanes,
+        seen=seen,
+        made=made,
         rows=rows,
         pixels=pixels,
         ends=min(pixels - 1, 2),
@@ -159,13 +206,13 @@ def _cut(width: Side, shape: channels.Shape) -> tuple[int, int, int, int]:
 
 
 def _blocks(problem: ConvProblem, shape: channels.Shape) -> int:
-    return -(-problem.in_channels // shape.lanes)
+    return -(-problem.out_channels // shape.lanes)
 
 
 def _packed_bytes(request: Request, shape: channels.Shape) -> int:
     """Of the packed weight, in the type of the sums: each thread packs what it needs."""
-    size = 8 if shape.element == "double" else 4
-    return max(request.threads, 1) * _blocks(request.problem, shape) * shape.lanes * shape.weight.all_taps * size
+    numbers = _blocks(request.problem, shape) * request.problem.group_in * shape.weight.all_taps * shape.lanes
+    return max(request.threads, 1) * numbers * engine.summed(request)[1]
 
 
 @lru_cache(1024)
@@ -178,14 +225,18 @@ def prepare(part: Part, regular: bool) -> Prepared:
     strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), -(-(tiles + ends) // SPAN)
     tasks = problem.batch * depth.out * strips * spans
     wanted = TASKS * request.threads if request.threads > 1 else 1
-    groups = min(-(-wanted // tasks), blocks) if tasks else 1
-    counts = (problem.in_channels, blocks, groups, tasks, max(request.threads, 1), spans, strips)
+    dealt = min(-(-wanted // tasks), blocks) if tasks else 1
+    if shape.made > 1:  # no two groups read the same, so each may well have a weight that stays in the cache
+        weight = _packed_bytes(request, shape) // max(request.threads, 1)
+        dealt = max(dealt, min(-(-weight // PACKED), blocks))
+    channels_of = (problem.out_channels, problem.group_in, problem.group_out)
+    counts = (*channels_of, blocks, dealt, tasks, max(request.threads, 1), spans, strips)
     ready = Prepared(
         shape=shape,
-        kernel=cpu.compile(channels.text(shape), target),
+        kernel=cpu.compile((channels if shape.made == 1 else groups).text(shape), target),
         tables=_tables(request, shape, sides),
         sizes=(*counts, depth.out, high.out, width.out, width.padding[0], head, inside, tiles, ends),
-        tasks=tasks * groups,
+        tasks=tasks * dealt,
     )
     weigh(ready, sum(table.nbytes for table in ready.tables))
     return ready
@@ -203,7 +254,8 @@ def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
 
 def _ahead(request: Request, shape: channels.Shape, sides: Sides, strides: tuple[int, ...]) -> tuple[int, int]:
     """How many of the input rows of a task are asked for, and how far further on: what only the next task reads."""
-    if math.prod(request.problem.input_shape) * request.dtype.itemsize < ASKED or shape.mask:
+    least = ASKED if shape.made == 1 else ASKED_GROUPS
+    if math.prod(request.problem.input_shape) * request.dtype.itemsize < least or shape.mask:
         return 0, 0
     (depth, high, _), (_, plane, row, _) = sides, strides
     if depth.out > 1:
@@ -245,7 +297,8 @@ def _bind(part: Part, x: Tensor | None, made: Sequence[int]) -> tuple[Prepared, 
     regular = x is None and not part.apart
     ready = prepare(part, regular)
     _, high, width = folded(problem, regular)
-    strides = (math.prod(problem.input_shape[1:]), high.size * width.size * c, width.size * c, c)
+    seen = problem.in_channels
+    strides = (math.prod(problem.input_shape[1:]), high.size * width.size * seen, width.size * seen, seen)
     if x is not None:
         strides = _strides(x)
     first, result = 0, (math.prod(made[1:]), high.out * width.out * c, width.out * c, c)
@@ -282,8 +335,13 @@ def _cycles(request: Request, shape: channels.Shape, sides: Sides) -> float:
     line = max(shape.lanes * request.dtype.itemsize / 64, register / 2)
 
     def tile(pixels: int, places: int) -> float:
-        products = shape.rows * pixels * shape.inner * width.kernel * register
-        return max(products, len(shape.meets) * places * line * LINE) + STEP
+        products, loads = shape.rows * pixels * shape.inner * width.kernel * register, len(shape.meets) * places
+        if shape.made == 1:
+            return max(products, loads * line * LINE) + STEP
+        held = shape.lanes // shape.made
+        each = loads * (BROADCAST if held == 1 else DEALT)
+        copies = loads * -(-request.problem.group_in * held // shape.lanes) * COPY
+        return request.problem.group_in * (max(products, each) + INPUT) + copies + STEP
 
     steps = depth.kernel * shape.chunks
     each = tiles * (steps * tile(shape.pixels, places) + TILE)
@@ -300,11 +358,11 @@ def cost(request: Request) -> Cost:
         shape = shape_of(part, target, not part.apart)
         depth, high, width = sides = sides_of(part.request.problem, not part.apart, shape.turned)
         work += _cycles(part.request, shape, sides) / CYCLES_PER_SECOND / threads
-        work += problem.in_channels * shape.weight.all_taps * PACK_S
+        work += problem.out_channels * problem.group_in * shape.weight.all_taps * PACK_S
         _, _, tiles, ends = _cut(width, shape)
         sums = problem.batch * depth.out * -(-high.out // shape.rows) * shape.rows
         sums *= (tiles * shape.pixels + ends * shape.ends) * _blocks(problem, shape) * shape.lanes
-        products += sums * part.request.problem.taps
+        products += sums * part.request.problem.group_in * part.request.problem.taps
         workspace = max(workspace, _packed_bytes(request, shape))
     size = request.dtype.itemsize
     elements = sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))

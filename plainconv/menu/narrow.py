@@ -7,6 +7,9 @@ the width there is always enough.  A tile is `outputs` channels of `rows` rows: 
 output channels of the tile, and each weight, broadcast to all lanes, serves all rows.  With 3 x 7 sums in registers, 3
 taps along the rows cost 9 loads and 9 weights for 63 multiplications.
 
+In channels_last the lanes are neighbouring output channels instead, of one group or of several, and a loaded input
+channel serves all the outputs of a tile of rows and pixels that it lies under: plainconv/cpu/channels.py.
+
 Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace
 is room for a weight that is not contiguous, for the sums of GRAD_WEIGHT, or for a padded gradient (see fold.py).
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import lanes, taps
+from plainconv.menu import channels, lanes, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
@@ -28,8 +31,15 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
     return lanes.best_tile(request, target, MOST_OUTPUTS)
 
 
+def _why_not(request: Request) -> str | None:
+    return channels.why_not_groups(request) if request.channels_last else lanes.why_not(request)
+
+
 def _cost(request: Request) -> Cost:
-    cost = taps.cost(request) if request.direction is Direction.GRAD_WEIGHT else lanes.cost(request, _tile)
+    if request.direction is Direction.GRAD_WEIGHT:
+        cost = taps.cost(request)
+    else:
+        cost = channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
     # Of two that are alike, the one whose name tells more comes first.
     return cost._replace(seconds=1.01 * cost.seconds) if request.problem.group_in == 1 else cost
 
@@ -41,7 +51,9 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 def _bind(request: Request, tensors: Tensors) -> Bound:
     if request.direction is Direction.GRAD_WEIGHT:
         return taps.bind(request, tensors)
+    if request.channels_last:
+        return channels.bind(request, tensors)
     return lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = folding(Algorithm("narrow", lanes.why_not, _cost, sum_error, _run, version=2, fuses=True, bind=_bind))
+ALGORITHM = folding(Algorithm("narrow", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind))

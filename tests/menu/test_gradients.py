@@ -36,7 +36,7 @@ EACH = [(name, *case) for name, cases in CASES.items() for case in cases]
 @pytest.mark.parametrize(("name", "x", "w", "options"), EACH, ids=[f"{name}{len(x) - 2}d" for name, x, *_ in EACH])
 def test_gradcheck(name, x, w, options, last):
     if last and (name == "narrow" or len(x) == 3):
-        pytest.skip("no kernel of narrow, and no format of one dimension")
+        pytest.skip("no gradient of narrow for a weight, and no format of one dimension")
     first, second, bias = (reals(shape, torch.float64, seed) for seed, shape in enumerate((x, w, w[:1])))
     first = channels_last(first) if last else first
     tensors = tuple(tensor.requires_grad_() for tensor in (first, second, bias))
