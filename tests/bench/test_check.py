@@ -82,3 +82,14 @@ def test_a_type_computed_in_a_narrower_one_is_seen():
     assert not judge(
         narrow, expected, checks.BY_NAME["shift"].error(checks.request(problem, Direction.FORWARD, torch.float64))
     ).right
+
+
+def test_a_gradient_that_misses_an_image_is_wrong():
+    """However many places are summed: the claim of the algorithm alone would let it pass."""
+    problem = ConvProblem.parse("n1000 c1 o2 x24x24 k3x3 p1")
+    asked = checks.request(problem, Direction.GRAD_WEIGHT, torch.float32)
+    x, y = (torch.randn(problem.shape_of(role)) for role in ("x", "y"))
+    algorithm, expected = checks.BY_NAME["im2col"], exact(problem, Direction.GRAD_WEIGHT, x, y)
+    assert judge(checks.result_of(algorithm, asked, x, y), expected, algorithm.error(asked)).right
+    y[77] = 0
+    assert not judge(checks.result_of(algorithm, asked, x, y), expected, algorithm.error(asked)).right
