@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def measure(request: Request, candidates: Mapping[str, Candidate]) -> dict[str, 
 
     All are run a few times, those near the best again for SECONDS in all.
     """
-    with _one_at_a_time:
+    with _one_at_a_time:  # looked up at every call: a child of a fork gets another one
         tensors, out = _tensors(request)
 
         def bound(name: str) -> Callable[[], None]:
@@ -105,6 +106,15 @@ def _tensors(request: Request) -> tuple[Tensors, Tensor]:
     first, second = (filled(problem.shape_of(role)) for role in direction.given)
     bias = filled(made[1:2]) if request.has_bias else None
     return Tensors(first, second, bias, filled(made) if request.has_residual else None), empty(made)
+
+
+def _after_fork_in_child() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()  # the thread that measured is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # -- records ---------------------------------------------------------------------------------------------------------

@@ -441,3 +441,32 @@ def test_nothing_is_measured_where_there_is_nothing_to_multiply(folder):
         assert plainconv.conv2d(torch.ones(1, 0, 8, 8), torch.ones(4, 0, 3, 3)).shape == (1, 4, 6, 6)
         assert plainconv.conv2d(torch.ones(0, 3, 8, 8), torch.ones(4, 3, 3, 3)).shape == (0, 4, 6, 6)
     assert not report.tuned
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_child_forked_while_another_thread_measures_measures_too():
+    """The thread that holds the lock is not in the child."""
+    held, free = threading.Event(), threading.Event()
+
+    def hold():
+        with measure._one_at_a_time:
+            held.set()
+            free.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, b"free" if measure._one_at_a_time.acquire(timeout=5) else b"held")
+        finally:
+            os._exit(0)
+    free.set()
+    thread.join()
+    os.close(writing)
+    with open(reading) as pipe:
+        assert pipe.read() == "free"
+    assert os.waitpid(child, 0)[1] == 0
