@@ -20,9 +20,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from plainconv import bench, plots
+from plainconv.menu import fitted
 
 RESULTS = Path(__file__).parent.parent / "results"
 DIRECTIONS = {"forward": ("float32", "float64", "bfloat16"), "train": ("float32",)}  # and the types of each
@@ -83,7 +85,8 @@ def page(direction: str, found: dict[str, Records]) -> str:
         "torch finishes in under 25 us.",
     ]
     for dtype, records in found.items():
-        text += [f"## {dtype}", conditions(list(records.values())), table(records), *misses(records), *losses(records)]
+        text += [f"## {dtype}", conditions(list(records.values())), table(records), *regrets(records)]
+        text += [*misses(records), *losses(records)]
         text.append(f"![A bar for every layer in {dtype}]({direction}-{dtype}.png)")
     return "\n\n".join(text) + "\n"
 
@@ -143,6 +146,31 @@ def misses(records: Records) -> list[str]:
                 of = "" if one.threshold.of == "layers" else f", {one.threshold.of}"
                 text.append(f"{suite}{of}, below what is asked: {', '.join(words)}.")
     return text
+
+
+def regrets(records: Records) -> list[str]:
+    """What "auto" loses by its choices: in all suites, in those that no estimate was fitted to, and where too much."""
+    totals = {suite: bench.summary(bench.rows_of(told))[0].regret for suite, told in records.items()}
+    known = {suite: regret for suite, regret in totals.items() if regret}
+    if not known:
+        return []
+
+    def told(suites: Sequence[str]) -> str:
+        rows = [row for suite in suites for row in bench.rows_of(records[suite]) if row.regret]
+        values = [row.regret.value for row in rows if row.regret]
+        return f"{number(geometric_mean(values))} in {len(values)} layers, {number(max(values))} at the worst"
+
+    text = f"Regret of auto: {told(list(known))}"
+    if unseen := [suite for suite in fitted.model().held_out if suite in known]:
+        text += f"; in {', '.join(unseen)}, which no estimate was fitted to: {told(unseen)}"
+    over = [
+        f"{suite} {number(mean)}, {number(worst)} at the worst"
+        for suite, (mean, worst) in known.items()
+        if mean > bench.REGRET[0] or worst > bench.REGRET[1]
+    ]
+    if over:
+        text += f". More than {bench.REGRET[0]}, or {bench.REGRET[1]} at the worst: {'; '.join(over)}"
+    return [f"{text}."]
 
 
 def losses(records: Records) -> list[str]:

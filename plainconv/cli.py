@@ -251,6 +251,8 @@ def bench_suites(
         for option, value, choices in (("direction", direction, BENCH_DIRECTIONS), ("dtype", dtype, BENCH_DTYPES)):
             if value not in choices:
                 raise InputError(f"unknown {option} {value!r}; {option}s are {', '.join(choices)}")
+        if regret and direction == "train":
+            raise InputError("--regret is of one choice, and --direction train makes three: ask for each direction")
         _check_folder(out)
         others = bench.others(against or [])
         with bench.alone(threads or torch.get_num_threads()) as used:

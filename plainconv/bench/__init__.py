@@ -5,9 +5,10 @@ from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.records import Summary, as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
-from plainconv.bench.thresholds import Held, Threshold, held
+from plainconv.bench.thresholds import REGRET, Held, Threshold, held
 
 __all__ = [
+    "REGRET",
     "Held",
     "Layer",
     "Peaks",

@@ -14,6 +14,7 @@ from plainconv.bench.run import Row
 
 LIMIT_SHARE = 0.75
 SHORT_WORST = 0.5
+REGRET = (1.15, 1.5)  # of "auto": its time over that of the best algorithm, geomean and worst
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_a_run_leaves_a_record_and_a_picture(tmp_path):
 
 
 def test_no_picture_and_another_folder(tmp_path):
-    words = ("--suite", "line", "--seconds", "0", "--no-picture", "--out", "a/b", "--direction", "train", "--regret")
+    words = ("--suite", "line", "--seconds", "0", "--no-picture", "--out", "a/b", "--direction", "train")
     assert run(*words).exit_code == 0
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["train-float32-line.json"]
 
@@ -58,6 +58,7 @@ def test_the_list():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("--suite", "line", "--direction", "train", "--regret"), "--regret is of one choice"),
         ((), "--suite says which suites to measure"),
         (("--suite", "big"), "unknown suite 'big'"),
         (("--suite", "tiny", "--dtype", "int8"), "unknown dtype 'int8'; dtypes are float32, float64"),

@@ -13,6 +13,7 @@ from plainconv import bench
 from plainconv.bench.check import Verdict
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.run import Regret
+from plainconv.menu import fitted
 from plainconv.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +29,11 @@ def tables():
     return module
 
 
-def row(layer, ratio, right=True):
+def row(layer, ratio, right=True, regret=1.1):
     told = {"contiguous": dataclasses.replace(FINE, right=right)}
     ours = {"contiguous": Timing(1e-3, 1e-3, 1e-3, 5)} if right else {}
     torchs = {"contiguous": Timing(ratio * 1e-3, ratio * 1e-3, ratio * 1e-3, 5)}
-    regret = Regret(1.1, "narrow", {"shift": 1.1e-3, "narrow": 1e-3}, {})
+    regret = Regret(regret, "narrow", {"shift": regret * 1e-3, "narrow": 1e-3}, {})
     return bench.Row(
         layer=layer,
         cut_from=None,
@@ -77,6 +78,18 @@ def test_the_page(tables, tmp_path):
     assert "seed_mnist, WRONG" not in text
     assert "2 threads" in text
     assert "200 GFLOP/s" in text
+
+
+def test_regret_is_told_of_all_and_of_the_suites_that_were_held_out(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables.fitted, "model", lambda: fitted.Model(("seed_picture",), ("seed_mnist", "a3c"), {}))
+    picture, net = bench.load()["seed_picture"], bench.load()["seed_mnist"]
+    leave(tmp_path, "seed_picture", [row(picture[0], 2.0, regret=1.0), row(picture[1], 2.0, right=False)])
+    leave(tmp_path, "seed_mnist", [row(net[0], 4.0, regret=1.0), row(net[1], 4.0, regret=1.69)])
+    text = tables.page("forward", tables.read(tmp_path, "forward"))
+    assert (
+        "Regret of auto: 1.19 in 3 layers, 1.69 at the worst; in seed_mnist, which no estimate was fitted to: 1.30 in 2 "
+        "layers, 1.69 at the worst. More than 1.15, or 1.5 at the worst: seed_mnist 1.30, 1.69 at the worst."
+    ) in text
 
 
 def test_only_what_is_missing_is_measured(tables, tmp_path, monkeypatch):
