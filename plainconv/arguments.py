@@ -17,6 +17,7 @@ from plainconv.problem import PADDING_MODES, Geometry, Pair, out_spatial
 Spec = int | str | Sequence[Any]  # what a user may write for stride, padding, dilation and output_padding
 Shape = tuple[int, ...]
 
+FAR = 1 << 63  # integers of torch's have 64 bits
 CONV_PADDINGS = ("valid", "same", "same_upper", "same_lower", "causal")
 TRANSPOSED_PADDINGS = ("same_upper", "same_lower", "causal")
 
@@ -108,13 +109,20 @@ def _transposed_side(spec: Any, size: int, kernel: int, stride: int, dilation: i
 
 
 def _integer(call: Spelled, name: str, value: Any) -> int:
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if not isinstance(value, bool):
         try:
-            return index(value)
+            number = index(value)
         except TypeError:
             pass
+        else:
+            if not -FAR <= number < FAR:
+                raise RuntimeError(
+                    f"Overflow when unpacking long long: {call.function}(): argument '{name}' must fit 64 bits, "
+                    f"but got {number}"
+                )
+            return number
     wanted = "int" if name == "groups" else "tuple of ints"
     raise TypeError(f"{call.function}(): argument '{name}' must be {wanted}, not {type(value).__name__}")
 

@@ -228,6 +228,9 @@ def explain(
     )
     input, weight, bias = _autocast(input, weight, bias)
     first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
+    if direction not in {known.value for known in Direction}:
+        known = ", ".join(repr(known.value) for known in Direction)
+        raise ValueError(f"direction must be one of {known}, but got {direction!r}")
     asked = Direction(direction)
     if transposed:  # the mirrored convolution has input and output exchanged
         mirror = {Direction.FORWARD: Direction.GRAD_INPUT, Direction.GRAD_INPUT: Direction.FORWARD}

@@ -67,8 +67,8 @@ def get_allow_builtin() -> bool:
 def _bytes(value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"max_workspace must be an int, a number of bytes, but got {value!r}")
-    if (count := index(value)) < 0:
-        raise ValueError(f"max_workspace must be 0 or more bytes, but got {value!r}")
+    if not 0 <= (count := index(value)) < 1 << 63:
+        raise ValueError(f"max_workspace must be 0 or more bytes, and fit 64 bits, but got {value!r}")
     return count
 
 

@@ -87,7 +87,7 @@ def test_lazy_layers_keep_them():
 @pytest.mark.parametrize(
     ("said", "error", "words"),
     [
-        ({"max_workspace": -1}, ValueError, "max_workspace must be 0 or more bytes, but got -1"),
+        ({"max_workspace": -1}, ValueError, "max_workspace must be 0 or more bytes, and fit 64 bits, but got -1"),
         ({"max_workspace": 1.5}, TypeError, "max_workspace must be an int, a number of bytes, but got 1.5"),
         ({"max_workspace": True}, TypeError, "max_workspace must be an int, a number of bytes, but got True"),
         ({"allow_builtin": 1}, TypeError, "allow_builtin must be True or False, but got 1"),
