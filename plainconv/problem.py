@@ -303,5 +303,10 @@ class Request:
 
     def __str__(self) -> str:
         told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
+        told += " channels_last" if self.channels_last else ""
+        told += " + bias" if self.has_bias else ""
         told += " + residual" if self.has_residual else ""
-        return told if self.activation is None else f"{told}, {self.activation}"
+        told += "" if self.activation is None else f", {self.activation}"
+        if self.max_workspace != DEFAULT_MAX_WORKSPACE:
+            told += f", max_workspace={self.max_workspace}"
+        return told

@@ -3,7 +3,7 @@
     forward      conv(x, w), or conv_transpose(x, w)
     grad_input   autograd.grad(y, x, g), the graph kept
     grad_weight  autograd.grad(y, w, g), the graph kept
-    train        y = conv(x, w), then autograd.grad(y, (x, w), g)
+    train        y = conv(x, w), then y.backward(g), x and w being leaves
 
 Both sides are given the very same tensors.
 """

@@ -418,11 +418,6 @@ class Emit:
         address, vector = self.at(pointer, offset, "i64"), f"<{self.lanes} x i64>"
         return self._emit(f"load {vector}, ptr {address.text}, align 8", vector)
 
-    def put_places(self, value: Value, pointer: Value, offset: Value) -> None:
-        """Write a vector of i64."""
-        address = self.at(pointer, offset, "i64")
-        self._lines.append(f"  store {value.type} {value.text}, ptr {address.text}, align 8")
-
     def move_places(self, places: Value, by: Value) -> Value:
         """Every place, moved by the same distance."""
         return self._emit(f"add {places.type} {places.text}, {self._splat(by).text}", places.type)

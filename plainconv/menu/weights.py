@@ -33,7 +33,7 @@ from plainconv.remember import on_forget, weigh
 STRIP_BYTES = 384 << 10  # of the strips of a block; they stay in a core's own cache, beside the output's gradient
 PLACES = 512  # of a block, of as many images as it takes
 
-# Cycles, as in plainconv/menu/dense.py.
+# Cycles, as in plainconv/menu/cuts.py.
 PRODUCT = 1.02  # a vector multiplied and added
 STEP = 0.6
 TILE = 30.0  # a tile's beginning and end

@@ -87,8 +87,8 @@ def test_regret_is_told_of_all_and_of_the_suites_that_were_held_out(tables, tmp_
     leave(tmp_path, "seed_mnist", [row(net[0], 4.0, regret=1.0), row(net[1], 4.0, regret=1.69)])
     text = tables.page("forward", tables.read(tmp_path, "forward"))
     assert (
-        "Regret of auto: 1.19 in 3 layers, 1.69 at the worst; in seed_mnist, which no estimate was fitted to: 1.30 in 2 "
-        "layers, 1.69 at the worst. More than 1.15, or 1.5 at the worst: seed_mnist 1.30, 1.69 at the worst."
+        "Regret of auto: 1.19 in 3 layers, 1.69 at the worst; in seed_mnist, which no estimate was fitted to: 1.30 in "
+        "2 layers, 1.69 at the worst. More than 1.15, or 1.5 at the worst: seed_mnist 1.30, 1.69 at the worst."
     ) in text
 
 

@@ -509,6 +509,7 @@ def test_the_algorithm_named_serves_forward_and_backward(name, algorithm, monkey
 @every_function
 def test_only_what_needs_a_gradient_is_computed(name, monkeypatch):
     from plainconv import ops
+    from plainconv.plan import forget
 
     directions = []
     original = ops._remembered
@@ -524,6 +525,7 @@ def test_only_what_needs_a_gradient_is_computed(name, monkeypatch):
             continue
         tensors = [t.detach().requires_grad_(ask) for t, ask in zip((sample.input, *sample.args), asks, strict=True)]
         result = our_function(name)(*tensors, **sample.kwargs)
+        forget()
         directions.clear()
         result.sum().backward()
         wanted = {"GRAD_WEIGHT": asks[1], ("FORWARD" if "transpose" in name else "GRAD_INPUT"): asks[0]}
