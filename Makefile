@@ -1,7 +1,8 @@
 # make demo    set up, then `plainconv compare` on the data that comes with the libraries; the report is out/report.html
 # make test    set up, then the quick tests
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
-# make bench   every suite beside torch, forward in three types, and training: the tables under results/ (about an hour; it goes on where it stopped)
+# make bench   every suite beside torch, forward in three types, and training, and what compiling takes: the tables under
+#              results/ (about an hour; it goes on where it stopped)
 # make fit     fit the estimates that rank algorithms to the records of make bench
 # make format  put the code in its form
 # make clean   remove what builds and tools left (not .venv)
@@ -35,6 +36,7 @@ wheel: $(STAMP)
 	.ci/wheel $(BIN)/python
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme.py
 
