@@ -181,6 +181,7 @@ def assembly(text: str, target: Target | None = None) -> str:
 
 def notes() -> tuple[str, ...]:
     """What of the object code on disk was ignored or could not be kept, and why; one sentence each."""
+    _state.store.look()  # nothing may have been compiled yet
     return _state.store.notes()
 
 

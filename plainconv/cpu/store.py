@@ -83,6 +83,14 @@ class Store:
             self._note(f"nothing could be kept in {self.folder} ({_reason(error)})")
         return False
 
+    def look(self) -> None:
+        """Record whether the folder must not be used, if there is one."""
+        try:
+            with suppress(OSError), self._opened(make=False):
+                pass
+        except _Refused as refusal:
+            self._note(str(refusal))
+
     def reject(self, name: str, why: str) -> None:
         """Record that the data kept under `name` turned out to be of no use."""
         self._note(f"{self._path(name)} {why}, so it was ignored")

@@ -263,9 +263,12 @@ def test_a_file_that_others_may_write_is_ignored_and_rebuilt(folder, mode):
 def test_a_folder_that_others_may_write_is_ignored(folder, mode):
     compile_again(folder)
     folder.chmod(mode)
+    with compiler.kept_in(folder):
+        (before,) = compiler.notes()  # and explain says so before anything is compiled
     from_disk, said = compile_again(folder)
     assert not from_disk
     assert "written by others" in said[0]
+    assert said[0] == before
 
 
 @posix
