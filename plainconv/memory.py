@@ -40,6 +40,7 @@ def lent(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Te
 
 def _take(size: int) -> mmap.mmap:
     """A block that waits and has not much more than so many bytes, or else a new one."""
+    size = -(-size // _PAGE) * _PAGE
     for block in reversed(tuple(_waiting)):
         if size <= len(block) <= size + size // 4:
             with contextlib.suppress(ValueError):  # it is lent already
@@ -47,7 +48,7 @@ def _take(size: int) -> mmap.mmap:
                 return block
     if os.name != "posix":
         return mmap.mmap(-1, size)
-    block = mmap.mmap(-1, -(-size // _PAGE) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without large pages
             block.madvise(mmap.MADV_HUGEPAGE)

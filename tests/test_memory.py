@@ -43,6 +43,12 @@ def test_memory_is_lent_again_when_nothing_uses_it_any_more():
     assert lent((FLOATS,), (1,), torch.float32).data_ptr() == first
 
 
+@pytest.mark.parametrize("count", [FLOATS, FLOATS + 1, 3 * FLOATS // 2, 3 * FLOATS // 2 + 1, 5 * FLOATS - 1])
+def test_memory_of_any_size_is_lent_again(count):
+    first = lent((count,), (1,), torch.float32).data_ptr()
+    assert lent((count,), (1,), torch.float32).data_ptr() == first
+
+
 def test_a_block_is_not_lent_to_results_much_smaller_than_it_or_larger():
     first = lent((4 * FLOATS,), (1,), torch.float32).data_ptr()
     small, large = (lent((count,), (1,), torch.float32) for count in (3 * FLOATS, 4 * FLOATS + 1))
@@ -102,7 +108,7 @@ def test_many_threads_at_once():
         thread.join()
     gc.collect()
     assert not wrong
-    assert 1 <= len(memory._waiting) <= 8
+    assert 1 <= len(memory._waiting) <= 16, "a thread asks for its next before it gives back"
 
 
 def test_a_result_may_outlive_the_interpreter():
