@@ -5,10 +5,12 @@
     share            a chunk of the rows of all planes
       row, vector    a row of gy, and some neighbouring channels of it
         tile         `high` x `wide` taps, one register of sums each
-          place      gy is loaded, and multiplied by what each tap sees: a pixel, or zeros for the border
+          places     gy is loaded, and multiplied by what each tap sees: a pixel, or zeros for the border
                      the sums are added to those of the chunk, in memory
 
-so a sum is one over a row, and then one over the rows.  What adds the chunks is that of plainconv/cpu/weights.py.
+so a sum is one over a row, and then one over the rows.  Inside of a row some places are taken together, for which each
+pixel is loaded once, for all taps that see it; at its edges a place comes alone, and a table knows what it sees.  What
+adds the chunks is that of plainconv/cpu/weights.py.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ SIZES = (
     "y_depth",
     "y_row",
     "y_col",
+    "x_col",
+    "lo",  # padding before a row
+    "head",  # places at the left edge
+    "inside",  # times `places` after them
 )
 
 
@@ -46,6 +52,7 @@ class Shape:
 
     spread    whether the channels of x, and of gy, lie apart
     high x wide: the tile; both divide the kernel
+    places    that are taken together
     """
 
     element: str
@@ -58,6 +65,7 @@ class Shape:
     spread: tuple[bool, bool]
     high: int
     wide: int
+    places: int
 
 
 @lru_cache(256)
@@ -68,6 +76,11 @@ def text(shape: Shape) -> str:
     settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
     of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
     depth, high, wide = shape.kernel
+    under: dict[int, list[tuple[int, int]]] = {}  # for each pixel, the places it serves, and by which tap
+    for p in range(shape.places):
+        for tap in range(shape.wide):
+            under.setdefault(p * shape.stride[1] + tap * shape.dilation[1], []).append((p, tap))
+    under = dict(sorted(under.items()))
     carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored  # few processors know vectors of half types
 
     def load(start: Value, apart: Value | None, mask: Value) -> Value:
@@ -105,7 +118,8 @@ def text(shape: Shape) -> str:
                     real = [e.least(by_depth, by_row) for by_row in rows]
                     starts = [e.at(x, by_depth + by_row, "i8") for by_row in rows]
 
-                    def place(w: Value, acc: list[Value]) -> Sequence[Value]:
+                    def alone(n: Value, acc: list[Value]) -> Sequence[Value]:
+                        w = e.select(n < of["head"], n, of["inside"] * shape.places + n)
                         given = load(e.at(y, w * of["y_col"], shape.stored), y_apart, mask)
                         result = list(acc)
                         left = w * shape.stride[1] + kx * shape.dilation[1]
@@ -124,7 +138,34 @@ def text(shape: Shape) -> str:
                                 result[i] = e.fma(value, given, result[i])
                         return result
 
-                    acc = e.loop(of["out_width"], [e.zero] * (shape.high * shape.wide), place)
+                    def together(n: Value, acc: list[Value]) -> Sequence[Value]:
+                        w = of["head"] + n * shape.places
+                        given = [
+                            load(e.at(y, (w + p) * of["y_col"], shape.stored), y_apart, mask)
+                            for p in range(shape.places)
+                        ]
+                        result = list(acc)
+                        left = w * shape.stride[1] + kx * shape.dilation[1] - of["lo"]
+                        for k in range(shape.high):
+                            inside = real[k] >= 0
+                            # A row of the border is one pixel of zeros, over and over; or nothing is gathered there.
+                            start, step, row_mask = starts[k], of["x_col"] * SCALARS[shape.stored], mask
+                            if x_apart is None:
+                                start = e.select(inside, start, of["zeros"])
+                                step = e.select(inside, step, e.number(0))
+                            else:
+                                row_mask = e.mask(e.select(inside, bits, e.number(0)))
+                            pixel, before = e.at(start, left * step, "i8"), 0
+                            for place, meets in under.items():
+                                pixel, before = e.at(pixel, step * (place - before), "i8"), place
+                                value = load(pixel, x_apart, row_mask)
+                                for p, tap in meets:
+                                    i = k * shape.wide + tap
+                                    result[i] = e.fma(value, given[p], result[i])
+                        return result
+
+                    acc = e.loop(of["inside"], [e.zero] * (shape.high * shape.wide), together)
+                    acc = e.loop(of["out_width"] - of["inside"] * shape.places, acc, alone)
                     taps = ((v * depth + kd) * high + ky) * wide + kx
                     for i, value in enumerate(acc):
                         k, tap = divmod(i, shape.wide)

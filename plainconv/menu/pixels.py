@@ -22,6 +22,9 @@ from plainconv.menu.engine import STORED, Side, folded
 from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
+PLACES = 4  # that are taken together
+SUMS = 16  # of a tile, at most: beside more, LLVM loads ahead until registers run out
+
 # Cycles, set by hand on one core with AVX-512; see plainconv/menu/lanes.py.
 CYCLES_PER_SECOND = 3.66e9
 PRODUCT = 1.7  # with the pixel that it loads and the address of that
@@ -41,7 +44,7 @@ def _lanes(request: Request, target: cpu.Target) -> int:
 def _tile(sides: tuple[Side, Side, Side], registers: int) -> tuple[int, int]:
     """The most taps of the rows and of the width that fit the registers; both divide the kernel."""
     _, high, width = sides
-    room = registers - 4
+    room = min(registers - PLACES - 3, SUMS)
     wide = max(taps for taps in range(1, width.kernel + 1) if width.kernel % taps == 0 and taps <= room)
     return max(taps for taps in range(1, high.kernel + 1) if high.kernel % taps == 0 and taps * wide <= room), wide
 
@@ -90,7 +93,11 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         spread=(x_strides[1] != 1 and not alone, y_strides[1] != 1 and not alone),
         high=tall,
         wide=wide,
+        places=PLACES,
     )
+    head = min(max(-(-width.padding[0] // width.stride), 0), width.out)
+    reach = (width.kernel - 1) * width.dilation + 1
+    good = min((width.size + width.padding[0] - reach) // width.stride + 1, width.out)  # places before the right edge
     tables = _tables(request, sides, (x_depth, x_row, x_col), lanes_)
     sizes = {
         "channels": problem.in_channels,
@@ -108,6 +115,10 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         "y_depth": y_depth,
         "y_row": y_row,
         "y_col": y_col,
+        "x_col": x_col,
+        "lo": width.padding[0],
+        "head": head,
+        "inside": max(good - head, 0) // PLACES,
     }
     # To what adds the chunks it is a weight of one group and one input channel.
     total_sizes = {

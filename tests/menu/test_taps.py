@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from assembly import main_tile, products, spills
 from checks import BY_NAME, CASES, check, compare, exact, given, integers, reals, request, same, spread
 from guarded import guarded
 
@@ -294,6 +295,30 @@ def test_no_sum_is_spilled(bits, text, as_if):
     stores = re.findall(r"\tv?mov\w+\t%[xyz]mm\d+, \S*\(%r[sb]p\).*", inside)
     assert inside.count("vfmadd") >= 8
     assert not stores, (stores[:4], inside)
+
+
+@pytest.mark.parametrize(
+    "text", ["n1 c32 o32 x9x30 k3x3 p1 g32", "n1 c32 o32 x9x30 k3x3 s2 g32", "n1 c32 o32 x9x30 k5x5 g32"]
+)
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 256])
+def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_together(bits, text, as_if, monkeypatch):
+    """And no sum is spilled meanwhile."""
+    as_if(bits)
+    shapes, real = [], pixels.pixels.text
+    monkeypatch.setattr(pixels.pixels, "text", lambda shape: shapes.append(shape) or real(shape))
+    asked = asked_for(text, channels_last=True)
+    x, y = (torch.empty(asked.problem.shape_of(role)) for role in ("x", "y"))
+    x, y = (t.to(memory_format=torch.channels_last) for t in (x, y))
+    pixels.prepare.__wrapped__(asked, x.stride(), y.stride())
+    (shape,) = shapes
+    code = cpu.assembly(real(shape))
+    tile = main_tile(code)
+    assert products(tile) == shape.places * shape.high * shape.wide
+    assert shape.places > 1
+    loads = re.findall(r"\tvmovups\t.*\), %zmm\d+", tile)
+    seen = {p * shape.stride[1] + tap * shape.dilation[1] for p in range(shape.places) for tap in range(shape.wide)}
+    assert len(loads) <= shape.high * len(seen) + shape.places
+    assert not spills(tile, code)
 
 
 def test_what_is_refused_is_said():
