@@ -257,7 +257,7 @@ def bench_suites(
         others = bench.others(against or [])
         with bench.alone(threads or torch.get_num_threads()) as used:
             kind = getattr(torch, dtype)
-            peaks = bench.measured(kind, used)
+            peaks = bench.measured(kind, used, direction)
             setting = bench.Setting(direction, kind, used, peaks, seconds, regret, full, others)
             with Progress(TextColumn("{task.description:>30}"), *_COUNTED, console=Console(stderr=True)) as progress:
                 task = progress.add_task("", total=len(layers))

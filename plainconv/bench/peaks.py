@@ -6,7 +6,8 @@ Two kernels, compiled like any other:
     copy         blocks of memory, whole vectors; the time of a copy that reads and writes so many bytes in all
 
 A layer can take no less than the longest of three: its operations at the first speed, a copy of as many bytes as its
-three tensors have, and the shortest call of a convolution there is (one product; the faster of torch and plainconv).
+three tensors have, and the shortest call there is of what is timed, a direction or a training step (one product; the
+faster of torch and plainconv).
 Half types are summed in float32, so their arithmetic is that of float32; for bfloat16 it is the processor's dot product
 of pairs, r_i = r_i + m * a + n * b, where there is one.
 
@@ -52,7 +53,7 @@ class Peaks:
     Attributes:
         flops: operations a second, two for each fused multiply-add.
         copies: (bytes read and written, seconds), rising.
-        call_s: the shortest call of a convolution.
+        call_s: the shortest call of a convolution, in the direction that is timed.
     """
 
     flops: float
@@ -80,10 +81,10 @@ class Peaks:
         return Limit(each[bound_by], bound_by)
 
 
-def measured(dtype: torch.dtype, threads: int, seconds: float = 0.5) -> Peaks:
+def measured(dtype: torch.dtype, threads: int, direction: str, seconds: float = 0.5) -> Peaks:
     """Measure the machine: the arithmetic for so many seconds, the call for a fifth, each copy for a tenth of that."""
     copies = tuple((size, _copy_s(size, threads, seconds / 10)) for size in COPIES)
-    return Peaks(_flops(dtype, threads, seconds), copies, _call_s(seconds / 5))
+    return Peaks(_flops(dtype, threads, seconds), copies, _call_s(direction, seconds / 5))
 
 
 def _flops(dtype: torch.dtype, threads: int, seconds: float) -> float:
@@ -105,10 +106,10 @@ def _copy_s(size: int, threads: int, seconds: float) -> float:
     return _best(lambda: launch(kernel, args, blocks, threads), seconds)
 
 
-def _call_s(seconds: float) -> float:
+def _call_s(direction: str, seconds: float) -> float:
     one = Layer("", "one product", ConvProblem.parse("n1 c1 o1 x1x1 k1x1"))
     given = tensors(one, torch.float32).to(CONTIGUOUS)  # of any type: the least is asked for
-    return min(_best(make(one, "forward", given), seconds) for make in (torchs, ours))
+    return min(_best(make(one, direction, given), seconds) for make in (torchs, ours))
 
 
 def _arithmetic(lanes: int, element: str, chains: int, pairs: bool) -> Kernel:

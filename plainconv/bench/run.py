@@ -210,7 +210,7 @@ def measure_all(
     for layer in layers:
         watch(len(found), f"{layer.suite} {layer.name}")
         row = measure(layer, setting)
-        then = measured(setting.dtype, setting.threads, AFTER_S)
+        then = measured(setting.dtype, setting.threads, setting.direction, AFTER_S)
         best = best.best(then)
         found.append((row, then))
     watch(len(found), "done")

@@ -29,11 +29,13 @@ def test_the_best_of_two():
     assert MACHINE.best(other) == Peaks(2e11, ((1000, 1e-6), (2000, 1.5e-6), (10000, 20e-6)), 5e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_measured(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "direction"), [(torch.float32, "train"), (torch.float64, "forward"), (torch.bfloat16, "grad_weight")]
+)
+def test_measured(dtype, direction, monkeypatch):
     monkeypatch.setattr(peaks, "COPIES", (1 << 15, 1 << 20))
     monkeypatch.setattr(peaks, "REPEATS", 100)
-    found = measured(dtype, 1, 0.01)
+    found = measured(dtype, 1, direction, 0.01)
     assert 1e8 < found.flops < 1e14
     assert [size for size, _ in found.copies] == [1 << 15, 1 << 20]
     assert all(1e7 < size / spent < 1e13 for size, spent in found.copies)
@@ -46,3 +48,11 @@ def test_the_copy_copies():
     peaks.launch(kernel, (source.data_ptr(), target.data_ptr()), 2, 2)
     assert torch.equal(target[: 2 * peaks.BLOCK], source[: 2 * peaks.BLOCK])
     assert not target[2 * peaks.BLOCK :].any()
+
+
+def test_the_call_is_that_of_the_direction(monkeypatch):
+    asked = []
+    for side in ("torchs", "ours"):
+        monkeypatch.setattr(peaks, side, lambda layer, direction, given: asked.append(direction) or (lambda: None))
+    peaks._call_s("train", 0.0)
+    assert asked == ["train", "train"]

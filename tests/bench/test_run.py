@@ -124,7 +124,9 @@ def test_regret():
 
 def test_the_machine_is_measured_after_each_layer_and_the_best_counts(monkeypatch):
     speeds = iter([5e10, 2e11, 1e11])
-    monkeypatch.setattr(run, "measured", lambda dtype, threads, seconds: dataclasses.replace(PEAKS, flops=next(speeds)))
+    monkeypatch.setattr(
+        run, "measured", lambda dtype, threads, direction, seconds: dataclasses.replace(PEAKS, flops=next(speeds))
+    )
     seen = []
     long = dataclasses.replace(PLAIN, problem=ConvProblem.parse("n1 c8 o8 x60x60 k5x5"))
     rows, after = bench.measure_all([long, ROW, long], setting(), lambda done, name: seen.append((done, name)))
