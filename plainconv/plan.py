@@ -66,7 +66,7 @@ _kept = threading.local()
 def _take(size: int) -> Tensor:
     """The scratch memory that this thread keeps, if it is large enough, else new; while it is used, nobody keeps it."""
     workspace: Tensor | None = getattr(_kept, "workspace", None)
-    if workspace is None or len(workspace) < size:
+    if workspace is None or workspace.numel() < size:
         return torch.empty(size, dtype=torch.uint8)
     _kept.workspace = None
     return workspace
