@@ -219,18 +219,21 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
     asked = request(make, first, second, bias, make.direction)
     chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
-    shape, dtype = empty.shape, first.dtype
-    how = (tuple(shape), empty.stride())
-    large = first.device.type == "cpu" and empty.nbytes >= LARGE
+    shape, strides, dtype, device = empty.shape, empty.stride(), first.dtype, first.device
+    how = (tuple(shape), strides)
+    large = device.type == "cpu" and empty.nbytes >= LARGE
     if 0 in shape:
-        return Call(make, lambda first, second, bias: first.new_empty_strided(*how))
+        return Call(make, lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device))
     if 0 in first.shape or 0 in second.shape:
-        return Call(make, lambda first, second, bias: _of_nothing(first.new_empty_strided(*how), bias))
+        return Call(
+            make,
+            lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias),
+        )
     regular = 0 not in first.stride() and 0 not in second.stride()
     fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        out = lent(*how, dtype) if large else first.new_empty_strided(*how)
+        out = lent(*how, dtype) if large else torch.empty_strided(*how, dtype=dtype, device=device)
         fill(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
         return out
 
