@@ -13,7 +13,7 @@ from guarded import guarded
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
 from plainconv.cpu.emit import natives
-from plainconv.menu import axes, cuts, dense, direct, pointwise
+from plainconv.menu import axes, cuts, dense, direct, pointwise, products
 from plainconv.menu.base import Tensors
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
@@ -283,6 +283,28 @@ def test_nothing_outside_is_touched_by_several_images_at_once(text, dtype, monke
     forget()
     between_guards(text, dtype, Direction.GRAD_INPUT, True, monkeypatch)
     forget()
+
+
+ONE_PLACE = ["n5 c70 o61 x4x4 k4x4", "n3 c9 o800 x11 k11"]
+
+
+@every_type
+@both_layouts
+@pytest.mark.parametrize("text", ONE_PLACE)
+def test_a_kernel_as_large_as_the_image_is_a_product_of_matrices(text, channels_last, dtype):
+    for direction in Direction:
+        asked = asked_for(text, dtype, direction, channels_last=channels_last, threads=2)
+        if direction is not Direction.GRAD_WEIGHT:
+            asked = dataclasses.replace(asked, has_residual=True, has_bias=direction is Direction.FORWARD)
+        assert products._product(asked)
+        for layout in (None, in_channels_last, ODD["every other place"]):
+            check(direct.ALGORITHM, asked, integers, layout)
+
+
+@both_layouts
+@pytest.mark.parametrize("text", ONE_PLACE)
+def test_nothing_outside_of_a_product_of_matrices_is_touched(text, channels_last, monkeypatch):
+    between_guards(text, torch.float32, Direction.FORWARD, channels_last, monkeypatch)
 
 
 def between_guards(text, dtype, direction, channels_last, monkeypatch):
