@@ -21,7 +21,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu import engine
 from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.menu.engine import STORED, Side, folded
-from plainconv.menu.lanes import gradients
+from plainconv.menu.lanes import gradients, planes_met
 from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
@@ -40,8 +40,10 @@ CYCLES_PER_SECOND = 3.66e9  # in each, a vector is multiplied and added
 LINE = 2.0  # cycles, of 64 bytes from the second cache: a tile finds little in the first
 STEP = 10.0
 BROADCAST = 1.4  # an input channel for all lanes of its group
-DEALT = 2.5  # or for those of several groups at once
-INPUT = 15.0  # an input channel of a group
+DEALT = 2.2  # or for those of several groups at once
+INPUT = 12.0  # an input channel of a group
+FAR = 18.0  # and more, if the weight of a vector of outputs is larger than NEAR
+NEAR = 32 << 10
 COPY = 2.5  # a vector of input channels, copied
 TILE = 20.0
 STRIP = 60.0
@@ -341,9 +343,12 @@ def _cycles(request: Request, shape: channels.Shape, sides: Sides) -> float:
         held = shape.lanes // shape.made
         each = loads * (BROADCAST if held == 1 else DEALT)
         copies = loads * -(-request.problem.group_in * held // shape.lanes) * COPY
-        return request.problem.group_in * (max(products, each) + INPUT) + copies + STEP
+        weight = request.problem.group_in * shape.weight.all_taps * register * 64
+        far = FAR if weight > NEAR else 0.0
+        return request.problem.group_in * (max(products, each) + INPUT + far) + copies + STEP
 
-    steps = depth.kernel * shape.chunks
+    met = planes_met(depth, request.problem.padding_mode) if shape.made > 1 else depth.kernel
+    steps = met * shape.chunks
     each = tiles * (steps * tile(shape.pixels, places) + TILE)
     narrow = (shape.ends - 1) * width.stride + width.kernel
     return planes * (each + ends * (steps * tile(shape.ends, narrow) + TILE)) + planes * STRIP

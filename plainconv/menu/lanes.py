@@ -190,12 +190,12 @@ def _column(request: Request, target: cpu.Target, tile: Tile) -> float:
     register = max(lanes * compute_dtype(request.dtype).itemsize * 8, 128) / max(target.bits, 512)
     waits = 4 * tile.inner * width.kernel / 2  # a sum for itself, with the next tile's beside it
     chunk = max(register * (max(products, loads) + HIDDEN * min(products, loads)), waits) + places * PLACE + CHUNK
-    chunks = problem.group_in * _planes(depth, problem.padding_mode) * -(-high.kernel // tile.inner)
+    chunks = problem.group_in * planes_met(depth, problem.padding_mode) * -(-high.kernel // tile.inner)
     tiles = -(-problem.group_out // tile.outputs)
     return tiles * (chunks * chunk + TILE + register * sums * STORE)
 
 
-def _planes(depth: Side, mode: str) -> float:
+def planes_met(depth: Side, mode: str) -> float:
     """How many planes of taps an output meets, on average; those of the border are left out."""
     if mode != "zeros":
         return depth.kernel
