@@ -3,7 +3,7 @@
 `check` runs one algorithm on one request, in memory that starts as NaN (integers: a poison value) with guards around
 the workspace, and compares the result with `exact`, the definition in a wider type:
 
-- to the bit on small integers, if the algorithm is exact on them (all but fft);
+- to the bit on small integers, if the algorithm is exact on them (all but fft and winograd);
 - else within `tolerance`, which is the algorithm's own claim and nothing more.
 
 What is wrong is raised as an AssertionError that begins with the request's text: `ConvProblem.parse` reads it back.
@@ -25,9 +25,9 @@ from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
 DIRECTIONS = tuple(Direction)
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
-ROUNDING = frozenset({"fft"})  # every other algorithm is exact on small integers
+ROUNDING = frozenset({"fft", "winograd"})  # every other algorithm is exact on small integers
 FORWARD_ONLY = ("narrow", "depthwise", "direct", "pointwise")  # and what else they refuse is tested by name
-EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "builtin"))
+EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "winograd", "builtin"))
 GUARD = 4096  # bytes before and behind the workspace
 CANARY = 0xA5
 LOOPS_LIMIT = 20_000  # products that `loops` is given, at most
@@ -206,15 +206,15 @@ def tolerance(
 
     algorithm.error(request) * eps(type of the sums) * sum of |products|, and, where the result has a narrower type
     than the sums, half its eps times that sum for the one rounding at the end (half the smallest number, if that is
-    more).  An algorithm that rounds everywhere (fft) is held to the largest such sum instead of each one's own, or to
-    the largest product there is, if no sum contains it: that is what its page says.
+    more).  An algorithm that rounds everywhere (fft, winograd) is held to the largest such sum instead of each one's
+    own, or to the largest product there is, if no sum contains it: that is what its page says.
 
     A residual adds its own size to the sum of |products|, and its addition one unit of eps; an activation makes
     differences STEEPEST times as large, and is itself right to 8 units of eps of what it is applied to (and of 1, for
     sigmoid).  Where they are not fused, a narrower result is rounded once more for each.
     """
     parts = sums(asked, first.abs(), second.abs(), None if bias is None else bias.abs())
-    if algorithm.name in ROUNDING and parts.numel():
+    if algorithm.name in ROUNDING and parts.numel() and first.numel() and second.numel():
         parts = torch.maximum(parts.amax(), wide(first).abs().amax() * wide(second).abs().amax()).expand_as(parts)
     kept, steps = compute_dtype(asked.dtype), asked.has_residual + (asked.activation is not None)
     eps = torch.finfo(kept).eps

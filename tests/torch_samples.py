@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from checks import ROUNDING
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
@@ -103,7 +104,7 @@ def assert_within(ours: Tensor, exact: Tensor, absolute: Tensor, units: float, *
 def assert_served(ours: Tensor, exact: Tensor, absolute: Tensor, explanation: Explanation) -> None:
     """The same, within the error that the algorithm which served the call states."""
     chosen = next(algorithm for algorithm in ALGORITHMS if algorithm.name == explanation.chosen)
-    assert_within(ours, exact, absolute, chosen.error(explanation.request), spread=chosen.name == "fft")
+    assert_within(ours, exact, absolute, chosen.error(explanation.request), spread=chosen.name in ROUNDING)
 
 
 def torch_function(name: str) -> Callable[..., Tensor]:

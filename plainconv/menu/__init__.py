@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from plainconv.menu import builtin, depthwise, direct, fft, im2col, loops, narrow, pointwise, reference, shift
+from plainconv.menu import (
+    builtin,
+    depthwise,
+    direct,
+    fft,
+    im2col,
+    loops,
+    narrow,
+    pointwise,
+    reference,
+    shift,
+    winograd,
+)
 from plainconv.menu.base import Algorithm
 
 ALGORITHMS: tuple[Algorithm, ...] = (
@@ -14,6 +26,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     depthwise.ALGORITHM,  # one input channel a group: rows share what they load
     direct.ALGORITHM,  # a matrix product for each block of the output, on strips gathered first
     pointwise.ALGORITHM,  # one tap: a matrix product on the input as it lies
+    winograd.ALGORITHM,  # three taps: sums and differences before, and fewer products
     builtin.ALGORITHM,  # torch's own, where it is allowed
     reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
 )

@@ -1,0 +1,707 @@
+"""The kernels of `winograd`: what is multiplied is moved to where a convolution is a product for each element.
+
+    Y  =  A^T [ sum over c of  (G w_c) * (B^T d_c) ]        along each dimension; * is element by element
+
+d is a patch of the input of m + k - 1 places, Y a tile of m outputs.  The matrices come from Toom and Cook's way to
+multiply polynomials: evaluate both at m + k - 2 points and at infinity, multiply there, interpolate; turned round, as
+S. Winograd showed, it is a convolution.  In two dimensions there are (m + k - 1)^2 products for m^2 outputs, instead of
+k^2 for each.  `forms` makes the matrices from the points, in fractions.
+
+All of it is three-dimensional (depth, rows, width); a dimension along which the kernel has one tap has m = 1, and
+matrices of one number.  A block is some rows of tiles, `matrices` counts the elements of a patch:
+
+    weight       G w, before
+    task         a block of tiles, a group, some of the output channels
+      row        of tiles, and a vector of input channels
+        gather   the strip that the row reads, [depth, row, column] vectors of channels: borders and layouts end here
+        forth    B^T along each dimension; to patches[tile][vector][matrix][channel]
+      tile       `vectors` of output channels
+        product  for each matrix: sums[tile][output]  =  patches[tile][channel] @ weight[channel][output]
+        back     A^T along each dimension, and the bias, to a strip of the output
+        store    the strip, residual and activation included
+
+Where all tiles are few, they are brought forth first, and then threads share the output channels: each makes the weight
+of a tile of them as it needs it, for some input channels at a time, so that it never leaves the thread's own cache.
+
+Lanes are channels throughout, of the input and then of the output.  Where neighbours along the width lie side by side
+in memory instead, squares of lanes x lanes are transposed in registers on the way into a strip and out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import prod
+
+from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.epilogue import finish
+
+POINTERS = ("x", "w", "weight", "bias", "residual", "y", "patches", "scratch", "settled")
+# Addresses, and then SIZES: in "settled".
+TABLES = ("depth_table", "row_table", "col_table")  # which element of the input a place shows, or -1
+SIZES = (
+    "tasks",
+    "shares",  # how many threads the tasks are dealt to, each with its own scratch
+    "share",  # elements of scratch of each
+    "strip_at",  # where in it the strip of the input is, and so on
+    "columns_at",
+    "sums_at",
+    "made_at",
+    "patches_share",  # from the patches of one share to the next, and of one group
+    "patches_group",
+    "groups",
+    "blocks",
+    "col_blocks",
+    "parts",  # of the output channels
+    "block_rows",  # rows of tiles of a block, and tiles of a row
+    "block_cols",
+    "rows",  # rows of tiles, of all images and depths
+    "cols",
+    "depth_tiles",
+    "high_tiles",
+    "group_in",
+    "group_out",
+    "in_vectors",
+    "out_tiles",
+    "x_image",
+    "x_channel",
+    "x_depth",
+    "x_row",
+    "x_col",
+    "in_width",
+    "lo",  # padding before a row
+    "y_image",
+    "y_channel",
+    "y_depth",
+    "y_row",
+    "y_col",
+    "out_depth",
+    "out_rows",
+    "out_width",
+    "length",  # columns of a strip, of the input and of the output
+    "made_length",
+    "patch",  # from the patches of a tile to those of the next
+    "w_group",
+    "w_output",
+    "w_channel",
+    "weight_at",  # the weight in the scratch, if it is made there
+    "weight_group",
+    "weight_tile",
+    "weight_matrix",
+    "sum_matrix",
+)
+PREFETCH = 1  # channels
+SMALL = 2  # tiles at a time, of those that are left behind whole ones
+
+Matrix = tuple[tuple[Fraction, ...], ...]
+Three = tuple[int, int, int]
+
+
+# -- transforms ------------------------------------------------------------------------------------------------------
+
+
+def points(count: int) -> tuple[Fraction, ...]:
+    """0, 1, -1, 2, -2, 1/2, -1/2, ...: few digits in, few digits lost."""
+    found = [Fraction(0)]
+    size = Fraction(1)
+    while len(found) < count:
+        found += [size, -size]
+        size = 1 / size if size > 1 else 1 / size + 1
+    return tuple(found[:count])
+
+
+@lru_cache(64)
+def forms(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
+    """A^T [outputs, n], G [n, taps] and B^T [n, n] with n = outputs + taps - 1."""
+    at = points(outputs + taps - 2)
+    others = [[q for q in at if q != p] for p in at]
+    back = [[p**i for p in at] + [Fraction(i == outputs - 1)] for i in range(outputs)]
+    scale = [prod((p - q for q in rest), start=Fraction(1)) for p, rest in zip(at, others, strict=True)]
+    weights = [[p**k / by for k in range(taps)] for p, by in zip(at, scale, strict=True)]
+    weights.append([Fraction(k == taps - 1) for k in range(taps)])
+    forth = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(at)]
+    a, g, b = (tuple(tuple(row) for row in matrix) for matrix in (back, weights, forth))
+    return a, g, b
+
+
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of (x - root) (x - root) ..., the constant first."""
+    result = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *result]
+        result = [high - root * low for high, low in zip(shifted, [*result, Fraction(0)], strict=True)]
+    return result
+
+
+def transform(e: Emit, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
+    """matrix @ values.  Columns, and rows, that differ in signs only share a sum and a difference."""
+    columns, given = [list(column) for column in zip(*matrix, strict=True)], list(values)
+    for i, j, same, other in _pairs(columns):
+        columns[i], columns[j] = same, other
+        given[i], given[j] = e.add(given[i], given[j]), e.subtract(given[i], given[j])
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    pairs = _pairs(rows)
+    for i, j, same, other in pairs:
+        rows[i], rows[j] = same, other
+    results = [_sum(e, row, given) for row in rows]
+    for i, j, *_ in pairs:
+        results[i], results[j] = e.add(results[i], results[j]), e.subtract(results[i], results[j])
+    return results
+
+
+def _pairs(rows: list[list[Fraction]]) -> list[tuple[int, int, list[Fraction], list[Fraction]]]:
+    """Rows i and j with i = same + other and j = same - other, where neither part is empty."""
+    found, taken = [], set[int]()
+    for j in range(len(rows)):
+        for i in range(j):
+            alike = all(abs(a) == abs(b) for a, b in zip(rows[i], rows[j], strict=True))
+            same = [a if a == b else Fraction(0) for a, b in zip(rows[i], rows[j], strict=True)]
+            other = [a if a != b else Fraction(0) for a, b in zip(rows[i], rows[j], strict=True)]
+            if alike and any(same) and any(other) and not {i, j} & taken:
+                taken |= {i, j}
+                found.append((i, j, same, other))
+    return found
+
+
+def _sum(e: Emit, row: Sequence[Fraction], values: Sequence[Value]) -> Value:
+    terms = sorted(((number, value) for number, value in zip(row, values, strict=True) if number), key=_last_of_all)
+    (number, total), *rest = terms
+    if number != 1:
+        total = e.multiply(total, e.constant(float(number)))
+    for number, value in rest:
+        if number == 1:
+            total = e.add(total, value)
+        elif number == -1:
+            total = e.subtract(total, value)
+        else:
+            total = e.fma(value, e.constant(float(number)), total)
+    return total
+
+
+def _last_of_all(term: tuple[Fraction, Value]) -> bool:
+    return term[0] != 1
+
+
+def transform_square(e: Emit, high: Matrix, width: Matrix, values: Sequence[Value]) -> list[Value]:
+    """high @ values @ width^T, of values [rows, columns], row after row."""
+    count = len(width[0])
+    rows = [transform(e, width, values[i : i + count]) for i in range(0, len(values), count)]
+    columns = [transform(e, high, column) for column in zip(*rows, strict=True)]
+    return [value for row in zip(*columns, strict=True) for value in row]
+
+
+# -- the convolution -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the text of a kernel depends on.
+
+    tile      outputs of a tile, along depth, rows and width
+    taps      of the kernel
+    source    how channels come together: from "rows" (neighbours along the width lie side by side), from "pixels"
+              (neighbouring channels do), or from any memory through a "table"
+    last      whether neighbouring channels of the result lie side by side
+    scalars   x vectors: tiles (of the output) and vectors of output channels whose sums are in registers
+    turned    whether the taps of the weight are in the opposite order, and its channels have changed places
+    does      "weight": G w, a task for each vector of output channels; then "all" the rest, block by block.  Or
+              "forth", a task for each row of tiles and vector of channels, and then "back", a task for each tile of
+              output channels, which makes its weight itself, `held` vectors of input channels at a time
+    """
+
+    element: str
+    lanes: int
+    tile: Three
+    taps: Three
+    source: str
+    last: bool
+    scalars: int
+    vectors: int
+    turned: bool
+    does: str
+    held: int
+    has_bias: bool
+    has_residual: bool
+    activation: str | None
+
+    @property
+    def patch(self) -> Three:
+        """Places of the input that a tile reads."""
+        depth, high, width = (m + k - 1 for m, k in zip(self.tile, self.taps, strict=True))
+        return depth, high, width
+
+    @property
+    def slab(self) -> int:
+        """Elements of the weight of a vector of input channels and a matrix; an odd number of vectors."""
+        return (self.lanes * self.vectors | 1) * self.lanes
+
+
+@lru_cache(256)
+def text(shape: Shape) -> str:
+    """The kernel of this shape: POINTERS are its arguments, tasks are shares."""
+    return _Winograd(shape).kernel()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of tiles from `row` on, so many, and of each the tiles from `col` on."""
+
+    row: Value
+    rows: Value
+    col: Value
+    cols: Value
+
+
+class _Winograd:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.e = e = Emit(shape.lanes, shape.element)
+        given = e.arguments(*("ptr",) * len(POINTERS))
+        settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
+        self.given = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
+        self.back, _, self.forth = zip(*map(forms, shape.tile, shape.taps), strict=True)
+        self.width = shape.vectors * shape.lanes
+        self.matrices = prod(shape.patch)
+        if shape.does in ("weight", "back"):
+            taps, deep = prod(shape.taps), shape.patch[0]
+            self.across = e.stack(shape.element, taps * shape.lanes * shape.lanes)  # [channel, tap] vectors of outputs
+            self.planes = e.stack(shape.element, deep * taps // shape.taps[0] * shape.lanes)
+
+    def kernel(self) -> str:
+        e, of = self.e, self.given
+
+        def share(i: Value, _: list[Value]) -> Sequence[Value]:
+            number = e.begin + i
+            first = number * of["tasks"] // of["shares"]
+            last = (number + 1) * of["tasks"] // of["shares"]
+            scratch = e.at(of["scratch"], number * of["share"])
+            patches = e.at(of["patches"], number * of["patches_share"])
+            tasks = {"all": self.task, "weight": self.weight_task, "forth": self.forth_task, "back": self.back_task}
+            does = tasks[self.shape.does]
+            e.loop(last - first, [e.number(-1)], lambda i, carried: [does(first + i, carried[0], scratch, patches)])
+            return []
+
+        e.loop(e.end - e.begin, [], share)
+        return e.module()
+
+    def task(self, number: Value, before: Value, scratch: Value, patches: Value) -> Value:
+        """A block of tiles and a part of the outputs; `before` is the block of the task before."""
+        e, of = self.e, self.given
+        part, unit = number % of["parts"], number // of["parts"]
+        where, group = unit % of["blocks"], unit // of["blocks"]
+        row, col = where // of["col_blocks"] * of["block_rows"], where % of["col_blocks"] * of["block_cols"]
+        rows, cols = e.least(of["block_rows"], of["rows"] - row), e.least(of["block_cols"], of["cols"] - col)
+        block = _Block(row, rows, col, cols)
+
+        def each_row(i: Value, _: list[Value]) -> Sequence[Value]:
+            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+                self.bring(block, group, i, v, scratch, patches)
+                return []
+
+            e.loop(of["in_vectors"], [], each_vector)
+            return []
+
+        def bring() -> None:
+            e.loop(rows, [], each_row)
+
+        e.when(e.compare("ne", unit, before), bring)
+        begin, end = part * of["out_tiles"] // of["parts"], (part + 1) * of["out_tiles"] // of["parts"]
+
+        def each_tile(i: Value, _: list[Value]) -> Sequence[Value]:
+            tile = begin + i
+            weight = e.at(of["weight"], group * of["weight_group"] + tile * of["weight_tile"])
+            sums = e.at(scratch, of["sums_at"])
+            self.products(rows * cols, patches, weight, of["in_vectors"], of["group_in"], sums, None)
+            self.make(block, group, tile, scratch)
+            return []
+
+        e.loop(end - begin, [], each_tile)
+        return unit
+
+    def weight_task(self, number: Value, before: Value, scratch: Value, patches: Value) -> Value:
+        """A vector of output channels, and all input channels."""
+        e, of, shape = self.e, self.given, self.shape
+        vectors = (of["group_out"] + (shape.lanes - 1)) // shape.lanes
+        vector, group = number % vectors, number // vectors
+        tile, lane = vector // shape.vectors, vector % shape.vectors
+        weight = e.at(of["weight"], group * of["weight_group"] + tile * of["weight_tile"])
+        self.weigh(group, vector, e.number(0), of["in_vectors"], e.at(weight, lane * shape.lanes))
+        return before
+
+    def forth_task(self, number: Value, before: Value, scratch: Value, patches: Value) -> Value:
+        """A row of tiles and a vector of channels."""
+        of = self.given
+        vector, number = number % of["in_vectors"], number // of["in_vectors"]
+        row, group = number % of["rows"], number // of["rows"]
+        self.bring(self.everything, group, row, vector, scratch, self.e.at(patches, group * of["patches_group"]))
+        return before
+
+    def back_task(self, number: Value, before: Value, scratch: Value, patches: Value) -> Value:
+        """A tile of output channels, and all tiles of the output."""
+        e, of, shape = self.e, self.given, self.shape
+        tile, group = number % of["out_tiles"], number // of["out_tiles"]
+        patches = e.at(patches, group * of["patches_group"])
+        weight, sums, block = e.at(scratch, of["weight_at"]), e.at(scratch, of["sums_at"]), self.everything
+        vectors = (of["group_out"] + (shape.lanes - 1)) // shape.lanes
+        vectors = e.least(vectors - tile * shape.vectors, shape.vectors)
+
+        def some(i: Value, _: list[Value]) -> Sequence[Value]:
+            first = i * shape.held
+            held = e.least(of["in_vectors"] - first, shape.held)
+
+            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+                self.weigh(group, tile * shape.vectors + v, first, held, e.at(weight, v * shape.lanes))
+                return []
+
+            e.loop(vectors, [], each_vector)
+            here = e.at(patches, first * (self.matrices * shape.lanes))
+            channels = of["group_in"] - first * shape.lanes
+            self.products(block.rows * block.cols, here, weight, held, channels, sums, first)
+            return []
+
+        e.loop((of["in_vectors"] + (shape.held - 1)) // shape.held, [], some)
+        self.make(block, group, tile, scratch)
+        return before
+
+    @property
+    def everything(self) -> _Block:
+        zero = self.e.number(0)
+        return _Block(zero, self.given["rows"], zero, self.given["cols"])
+
+    def place(self, row: Value) -> tuple[Value, Value, Value]:
+        """Image, depth and row of tiles, of a row of tiles."""
+        of = self.given
+        row, high = row // of["high_tiles"], row % of["high_tiles"]
+        return row // of["depth_tiles"], row % of["depth_tiles"], high
+
+    # -- the input ---------------------------------------------------------------------------------------------------
+
+    def bring(self, block: _Block, group: Value, row: Value, vector: Value, scratch: Value, patches: Value) -> None:
+        """The patches of a row of tiles of a block, and of a vector of channels."""
+        e, of, shape = self.e, self.given, self.shape
+        deep, high, wide = shape.patch
+        lanes, length = shape.lanes, of["length"]
+        strip, columns = e.at(scratch, of["strip_at"]), e.at(scratch, of["columns_at"])
+        self.gather(block, group, block.row + row, vector, strip)
+        by_depth, by_row, by_col = self.forth
+
+        def along(matrix: Matrix, source: Value, step: Value, to: Value) -> None:
+            loaded = [e.load(source, step * i) for i in range(len(matrix))]
+            for i, value in enumerate(transform(e, matrix, loaded)):
+                e.store(value, to, step * i)
+
+        if deep > 1:
+            plane = length * (high * lanes)
+
+            def each_place(i: Value, _: list[Value]) -> Sequence[Value]:
+                here = e.at(strip, i * lanes)
+                along(by_depth, here, plane, here)
+                return []
+
+            e.loop(length * high, [], each_place)
+
+        def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
+            source = e.at(strip, d * (length * (high * lanes)))
+            if high > 1:
+
+                def each_column(i: Value, _: list[Value]) -> Sequence[Value]:
+                    along(by_row, e.at(source, i * lanes), length * lanes, e.at(columns, i * lanes))
+                    return []
+
+                e.loop(block.cols * shape.tile[2] + (shape.taps[2] - 1), [], each_column)
+            lines = columns if high > 1 else source
+            first = row * block.cols
+
+            def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
+                here = e.at(lines, t * (shape.tile[2] * lanes))
+                at = vector * (self.matrices * lanes) + d * (high * wide * lanes)
+                to = e.at(patches, (first + t) * of["patch"] + at)
+                for h in range(high):
+                    loaded = [e.load(here, length * (h * lanes) + w * lanes) for w in range(wide)]
+                    for w, value in enumerate(transform(e, by_col, loaded)):
+                        e.store(value, to, (h * wide + w) * lanes)
+                return []
+
+            e.loop(block.cols, [], each_tile)
+            return []
+
+        e.loop(deep, [], each_depth)
+
+    def gather(self, block: _Block, group: Value, row: Value, vector: Value, strip: Value) -> None:
+        """The strip of a row of tiles and a vector of channels: [depth, row, column] vectors, zero in the border."""
+        e, of, shape = self.e, self.given, self.shape
+        lanes, first = shape.lanes, vector * shape.lanes
+        image, deep, high = self.place(row)
+        x = e.at(of["x"], image * of["x_image"] + group * of["group_in"] * of["x_channel"])
+        # Channels that do not exist show the last one: nobody reads what becomes of them.
+        channels = [e.least(first + i, of["group_in"] - 1) * of["x_channel"] for i in range(lanes)]
+        begin = block.col * shape.tile[2]
+        tail = of["group_in"] - first
+
+        def each_line(i: Value, _: list[Value]) -> Sequence[Value]:
+            by_depth = e.scalar(of["depth_table"], deep * shape.tile[0] + i // shape.patch[1], "i64")
+            by_row = e.scalar(of["row_table"], high * shape.tile[1] + i % shape.patch[1], "i64")
+            real = e.compare("sge", e.least(by_depth, by_row), 0)
+            source = e.at(x, by_depth * of["x_depth"] + by_row * of["x_row"])
+            to = e.at(strip, i * of["length"] * lanes)
+
+            def pixel(j: Value, _: list[Value]) -> Sequence[Value]:
+                place = e.scalar(of["col_table"], begin + j, "i64")
+                count = e.select(real, e.select(place >= 0, tail, e.number(0)), e.number(0))
+                e.store(e.load(source, place * of["x_col"] + first, e.tail(count)), to, j * lanes)
+                return []
+
+            def square(j: Value, _: list[Value]) -> Sequence[Value]:
+                if shape.source == "rows":
+                    place = begin + j * lanes - of["lo"]
+                    bits = e.select(real, e.bits_within(place, of["in_width"]), e.number(0))
+                    rows = [e.load(source, channel + place, e.mask(bits)) for channel in channels]
+                else:
+                    places = e.load_places(of["col_table"], begin + j * lanes)
+                    least = e.select(real, e.number(0), e.number((1 << 63) - 1))
+                    mask = e.compare_lanes("sge", places, least)
+                    scaled = e.scale_places(places, of["x_col"])
+                    rows = [e.gather(e.at(source, channel), scaled, mask) for channel in channels]
+                for k, value in enumerate(e.transpose(rows)):
+                    e.store(value, to, j * (lanes * lanes) + k * lanes)
+                return []
+
+            if shape.source == "pixels":
+                e.loop(block.cols * shape.tile[2] + (shape.taps[2] - 1), [], pixel)
+            else:
+                e.loop(of["length"] // lanes, [], square)
+            return []
+
+        e.loop(shape.patch[0] * shape.patch[1], [], each_line)
+
+    # -- the product -------------------------------------------------------------------------------------------------
+
+    def products(
+        self,
+        count: Value,
+        patches: Value,
+        weight: Value,
+        vectors: Value,
+        channels: Value,
+        sums: Value,
+        first_vector: Value | None,
+    ) -> None:
+        """For each matrix, the sums [tile, output] of `count` tiles over so many vectors of channels, or channels.
+
+        first_vector: None, or, where sums are added to those before, which vector of channels is the first.
+        """
+        e, of, shape = self.e, self.given, self.shape
+        lanes = shape.lanes
+        more = None if first_vector is None else e.tail(first_vector * lanes)
+
+        def each_matrix(i: Value, _: list[Value]) -> Sequence[Value]:
+            left, right = e.at(patches, i * lanes), e.at(weight, i * of["weight_matrix"])
+            to = e.at(sums, i * of["sum_matrix"])
+
+            def some(first: Value, scalars: int) -> Sequence[Value]:
+                rows = [e.at(left, (first + s) * of["patch"]) for s in range(scalars)]
+
+                def each_vector(v: Value, acc: list[Value]) -> Sequence[Value]:
+                    weights = e.at(right, v * shape.slab)
+                    here = [e.at(row, v * (self.matrices * lanes)) for row in rows]
+
+                    def step(c: Value, acc: list[Value]) -> Sequence[Value]:
+                        loaded = [e.load(weights, c * self.width + n * lanes) for n in range(shape.vectors)]
+                        ones = [e.broadcast(e.scalar(row, c)) for row in here]
+                        pairs = [(one, weight) for one in ones for weight in loaded]
+                        return [e.fma(one, weight, total) for (one, weight), total in zip(pairs, acc, strict=True)]
+
+                    return e.loop(e.least(channels - v * lanes, lanes), acc, step)
+
+                begins = [e.zero] * (scalars * shape.vectors)
+                if more is not None:
+                    begins = [e.load(to, first * self.width + n * lanes, more) for n in range(len(begins))]
+                for n, total in enumerate(e.loop(vectors, begins, each_vector)):
+                    e.store(total, to, first * self.width + n * lanes)
+                return []
+
+            whole = count // shape.scalars
+            e.loop(whole, [], lambda i, _: some(i * shape.scalars, shape.scalars))
+            behind = whole * shape.scalars
+            if shape.scalars > 1:
+                e.loop((count - behind + (SMALL - 1)) // SMALL, [], lambda i, _: some(behind + i * SMALL, SMALL))
+            return []
+
+        e.loop(self.matrices, [], each_matrix)
+
+    # -- the output --------------------------------------------------------------------------------------------------
+
+    def make(self, block: _Block, group: Value, tile: Value, scratch: Value) -> None:
+        """What a tile of output channels has in a block, from its sums."""
+        e, of, shape = self.e, self.given, self.shape
+        sums, made = e.at(scratch, of["sums_at"]), e.at(scratch, of["made_at"])
+
+        def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+            first = (tile * shape.vectors + v) * shape.lanes
+
+            def each_row(i: Value, _: list[Value]) -> Sequence[Value]:
+                here = e.at(sums, i * block.cols * self.width + v * shape.lanes)
+                self.turn_back(block.cols, group, first, here, made)
+                self.store(block, group, block.row + i, first, made)
+                return []
+
+            e.loop(block.rows, [], each_row)
+            return []
+
+        # Vectors behind the last output do not exist.
+        vectors = (of["group_out"] + (shape.lanes - 1)) // shape.lanes - tile * shape.vectors
+        e.loop(e.least(vectors, shape.vectors), [], each_vector)
+
+    def turn_back(self, cols: Value, group: Value, first: Value, sums: Value, made: Value) -> None:
+        """A row of tiles, from sums to outputs: [depth, row, column] vectors of channels from the first on."""
+        e, of, shape = self.e, self.given, self.shape
+        by_depth, by_row, by_col = self.back
+        deep, high, wide = shape.patch
+        plane = of["sum_matrix"] * (high * wide)
+        bias = None
+        if shape.has_bias:
+            bias = e.load(of["bias"], group * of["group_out"] + first, e.tail(of["group_out"] - first))
+
+        def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
+            here = e.at(sums, t * self.width)
+            if deep > 1:
+
+                def each_place(i: Value, _: list[Value]) -> Sequence[Value]:
+                    at = e.at(here, of["sum_matrix"] * i)
+                    for d, value in enumerate(transform(e, by_depth, [e.load(at, plane * d) for d in range(deep)])):
+                        e.store(value, at, plane * d)
+                    return []
+
+                e.loop(high * wide, [], each_place)
+
+            def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
+                at = e.at(here, plane * d)
+                loaded = [e.load(at, of["sum_matrix"] * i) for i in range(high * wide)]
+                results = transform_square(e, by_row, by_col, loaded)
+                to = e.at(made, (d * shape.tile[1] * of["made_length"] + t * shape.tile[2]) * shape.lanes)
+                for i, value in enumerate(results):
+                    row, col = divmod(i, shape.tile[2])
+                    at_row = of["made_length"] * (row * shape.lanes) + col * shape.lanes
+                    e.store(value if bias is None else e.add(value, bias), to, at_row)
+                return []
+
+            e.loop(shape.tile[0], [], each_depth)
+            return []
+
+        e.loop(cols, [], each_tile)
+
+    def store(self, block: _Block, group: Value, row: Value, first: Value, made: Value) -> None:
+        """What there is of a row of tiles, to the result."""
+        e, of, shape = self.e, self.given, self.shape
+        lanes = shape.lanes
+        image, deep, high = self.place(row)
+        start = block.col * shape.tile[2]
+        columns = e.least(block.cols * shape.tile[2], of["out_width"] - start)
+        left = of["group_out"] - first
+        begin = image * of["y_image"] + (group * of["group_out"] + first) * of["y_channel"] + start * of["y_col"]
+
+        def put(value: Value, at: Value, mask: Value) -> None:
+            residual = e.load(of["residual"], at, mask) if shape.has_residual else None
+            e.store(finish(e, value, residual, shape.activation), of["y"], at, mask)
+
+        def each_line(i: Value, _: list[Value]) -> Sequence[Value]:
+            y_depth, y_row = deep * shape.tile[0] + i // shape.tile[1], high * shape.tile[1] + i % shape.tile[1]
+            line, at = e.at(made, i * of["made_length"] * lanes), begin + y_depth * of["y_depth"] + y_row * of["y_row"]
+
+            def pixel(j: Value, _: list[Value]) -> Sequence[Value]:
+                put(e.load(line, j * lanes), at + j * of["y_col"], e.tail(left))
+                return []
+
+            def square(j: Value, _: list[Value]) -> Sequence[Value]:
+                loaded = [e.load(line, j * (lanes * lanes) + k * lanes) for k in range(lanes)]
+                for k, value in enumerate(e.transpose(loaded)):
+                    mask = e.tail(e.select(left > k, columns - j * lanes, e.number(0)))
+                    put(value, at + of["y_channel"] * k + j * lanes, mask)
+                return []
+
+            def whole() -> None:
+                if shape.last:
+                    e.loop(columns, [], pixel)
+                else:
+                    e.loop((columns + (lanes - 1)) // lanes, [], square)
+
+            inside = e.least(of["out_depth"] - y_depth, of["out_rows"] - y_row)
+            e.when(inside > 0, whole)
+            return []
+
+        e.loop(shape.tile[0] * shape.tile[1], [], each_line)
+
+    # -- the weight --------------------------------------------------------------------------------------------------
+
+    def weigh(self, group: Value, vector: Value, first: Value, count: Value, to: Value) -> None:
+        """G w of a vector of output channels and `count` vectors of input channels: [matrix][vector][channel][output].
+
+        Outputs that do not exist have the numbers of the last one.
+        """
+        e, of, shape = self.e, self.given, self.shape
+        lanes, taps = shape.lanes, prod(shape.taps)
+        outputs = [e.least(vector * lanes + k, of["group_out"] - 1) * of["w_output"] for k in range(lanes)]
+        w = e.at(of["w"], group * of["w_group"])
+        # Taps lie side by side; so do channels, unless they have changed places.
+        chunk = 1 if shape.turned else lanes
+
+        def each_vector(j: Value, _: list[Value]) -> Sequence[Value]:
+            channel = (first + j) * lanes
+            channels = e.least(of["group_in"] - channel, lanes)
+            slabs = e.at(to, j * shape.slab)
+
+            def some(k: Value, _: list[Value]) -> Sequence[Value]:
+                source = e.at(w, (channel + k * chunk) * of["w_channel"])
+                here = e.least(channels - k * chunk, chunk)
+
+                def square(n: Value, _: list[Value]) -> Sequence[Value]:
+                    mask = e.tail(here * taps - n * lanes)
+                    rows = [e.load(source, output + n * lanes, mask) for output in outputs]
+                    for i, value in enumerate(e.transpose(rows)):
+                        e.store(value, self.across, n * (lanes * lanes) + i * lanes)
+                    return []
+
+                def each(c: Value, _: list[Value]) -> Sequence[Value]:
+                    self.spread(e.at(self.across, c * (taps * lanes)), e.at(slabs, (k * chunk + c) * self.width))
+                    return []
+
+                e.loop(-(-chunk * taps // lanes), [], square)
+                e.loop(here, [], each)
+                return []
+
+            e.loop((channels + (chunk - 1)) // chunk, [], some)
+            return []
+
+        e.loop(count, [], each_vector)
+
+    def spread(self, source: Value, to: Value) -> None:
+        """The taps of a channel, to its numbers in all matrices."""
+        e, of, shape = self.e, self.given, self.shape
+        lanes, taps, deep = shape.lanes, prod(shape.taps), shape.patch[0]
+        by_depth, by_row, by_col = (forms(m, k)[1] for m, k in zip(shape.tile, shape.taps, strict=True))
+        order = list(reversed(range(taps))) if shape.turned else list(range(taps))
+        plane = taps // shape.taps[0]
+
+        def square(values: list[Value], to: Value) -> None:
+            for i in range(len(by_row) * len(by_col)):
+                e.prefetch(e.at(to, of["weight_matrix"] * i + PREFETCH * self.width), "write")
+            for i, value in enumerate(transform_square(e, by_row, by_col, values)):
+                e.store(value, to, of["weight_matrix"] * i)
+
+        if deep == 1:
+            square([e.load(source, tap * lanes) for tap in order], to)
+            return
+        for p in range(plane):
+            loaded = [e.load(source, order[d * plane + p] * lanes) for d in range(shape.taps[0])]
+            for d, value in enumerate(transform(e, by_depth, loaded)):
+                e.store(value, self.planes, (d * plane + p) * lanes)
+
+        def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
+            here = e.at(self.planes, d * (plane * lanes))
+            values = [e.load(here, p * lanes) for p in range(plane)]
+            square(values, e.at(to, d * (len(by_row) * len(by_col)) * of["weight_matrix"]))
+            return []
+
+        e.loop(deep, [], each_depth)

@@ -1,0 +1,467 @@
+"""Winograd: fewer multiplications for kernels of 3 taps, by way of sums and differences.
+
+Along one dimension, m outputs of a kernel of 3 taps take m + 2 multiplications instead of 3 m: the patch of m + 2
+inputs, the kernel, and the products are each multiplied by a fixed small matrix (plainconv/cpu/winograd.py has them).
+Along two dimensions that is (m + 2)^2 for m^2 outputs: with m = 4 a quarter of the definition's 9 m^2.
+
+    Y  =  A^T [ sum over c of  (G w_c) * (B^T d_c) ]
+
+The sums over channels are a matrix product for each of the (m + 2)^2 elements; what comes before and behind it is
+linear in the channels alone, and is done block by block while the tiles are in the cache.  The gradient for the input
+is the same convolution: taps in the opposite order, channels that change places, and a padding of 2 - lo.
+
+Cost: n * o * c/g * (m + 2)^d multiplies for each m^d outputs.  The workspace is the transformed weight, or, where all
+tiles are few, those tiles; and the tiles of a block for each thread.
+
+S. Winograd, "Arithmetic complexity of computations", 1980; A. Lavin, S. Gray, "Fast algorithms for convolutional neural
+networks", arXiv:1509.09308, 2015.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainconv.cpu import compile as cpu
+from plainconv.cpu import winograd as kernels
+from plainconv.cpu.launch import launch
+from plainconv.menu import engine
+from plainconv.menu.axes import Work, work
+from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, summation_error
+from plainconv.menu.engine import STORED, Side, folded, padded, too_far
+from plainconv.menu.fold import folding
+from plainconv.problem import Direction, Request
+from plainconv.remember import on_forget, weigh
+
+TAPS = 3
+NEAR_BYTES = 600 << 10  # of patches and sums of a block, which a core's own cache keeps
+LEAST_TILES = 28  # of a block, for which the weight is read once
+HELD_BYTES = 400 << 10  # of a weight that is multiplied as soon as it is made
+FEW_TILES = 96  # that are not dealt to threads
+MOST_SCALARS = 8  # of the registers of a product; each has its own address
+
+# Cycles, measured on one core with AVX-512; each of a vector, or of a vector in each matrix.
+CYCLES_PER_SECOND = 3.67e9
+PRODUCT = 1.06  # multiplied and added
+FAR_PRODUCT = 1.4  # with patches or a weight that come from the cache that cores share
+FAR_BYTES = 1 << 20
+LEAST_SUMS = 8  # fewer wait for each other
+STEP = 0.5  # and of the product's loop
+FORTH = 13.0
+BACK = 11.0
+WEIGHT = 9.0
+FAR_STORE = 24.0  # of a weight that is kept for all blocks
+TILE = 20.0  # a product's beginning and end
+HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
+BYTES_PER_SECOND = 16e9  # of memory
+CACHED = 60e9
+
+
+class Way(NamedTuple):
+    """How a request is cut.
+
+    tile      outputs of a tile along depth, rows and width
+    tiles     how many there are, of an image
+    scalars   x vectors: tiles and vectors of output channels, the registers of a product
+    rows      of tiles, of a block, and cols: tiles of a row
+    apart     whether patches are made before, for all tiles, and threads share the output channels
+    held      vectors of input channels whose weight is made at a time, if apart
+    parts     of the output channels, for which threads make the patches of a block again
+    tasks     of the main kernel, and shares: threads
+    """
+
+    tile: tuple[int, int, int]
+    tiles: tuple[int, int, int]
+    lanes: int
+    scalars: int
+    vectors: int
+    rows: int
+    cols: int
+    apart: bool
+    held: int
+    parts: int
+    tasks: int
+    shares: int
+
+
+def _sides(seen: Work) -> tuple[Side, Side, Side]:
+    """Depth, rows and width as a convolution with stride 1; the gradient for the input is turned round."""
+    depth, high, width = folded(seen.request.problem, False)
+    if not seen.turned:
+        return depth, high, width
+    return _turned(depth), _turned(high), _turned(width)
+
+
+def _turned(side: Side) -> Side:
+    return Side(side.out, side.kernel, 1, (side.kernel - 1 - side.padding[0], 0), 1, side.size)
+
+
+def _outputs(side: Side, most: int) -> int:
+    """Outputs of a tile along a dimension: what takes the fewest products, and then the fewest digits."""
+    if side.kernel == 1:
+        return 1
+    return min((2, 4)[: most // 2], key=lambda m: -(-side.out // m) * (m + side.kernel - 1))
+
+
+@lru_cache(4096)
+def way(request: Request) -> Way:
+    """How to cut a request."""
+    seen, target = work(request), cpu.Target.host()
+    depth, high, width = sides = _sides(seen)
+    size, threads = request.dtype.itemsize, max(request.threads, 1)
+    # In three dimensions, large tiles along all of them would lose too many digits.
+    deep = 2 if min(side.kernel for side in sides) > 1 else 4
+    tile = _outputs(depth, deep), _outputs(high, 4), _outputs(width, 4)
+    tiles = -(-depth.out // tile[0]), -(-high.out // tile[1]), -(-width.out // tile[2])
+    lanes = target.bits // 8 // size
+    while lanes > 16 // size and lanes // 2 >= seen.group_out:
+        lanes //= 2
+    outputs = -(-seen.group_out // lanes)
+    spare = target.registers - (2 if target.fma else 3)
+    # Narrow tiles load more for each product; wide ones may have vectors without outputs.
+    vectors = min((4, 3, 2, 1), key=lambda v: padded(outputs, v) * (1 + STEP / v))
+    while vectors > 1 and spare // vectors < 3:
+        vectors -= 1
+    scalars = min(spare // vectors - 1, MOST_SCALARS)
+    matrices, in_vectors = math.prod(_patch(seen, tile)), -(-seen.group_in // lanes)
+    out_tiles = -(-outputs // vectors)
+    rows = seen.batch * tiles[0] * tiles[1]
+    if rows * tiles[2] <= FEW_TILES and out_tiles * seen.groups >= threads and seen.group_in:
+        held = max(1, min(HELD_BYTES // (matrices * _slab(lanes, vectors) * size), in_vectors))
+        tasks = seen.groups * out_tiles
+        shares = min(threads, tasks)
+        return Way(tile, tiles, lanes, scalars, vectors, rows, tiles[2], True, held, 1, tasks, shares)
+    each = matrices * (in_vectors + vectors) * lanes * size
+    most = max(NEAR_BYTES // each, LEAST_TILES)
+    cols = -(-tiles[2] // -(-tiles[2] // most))
+    col_blocks = -(-tiles[2] // cols) if cols else 0
+    blocks = -(-rows // max(most // max(cols, 1), 1))
+    if col_blocks == 1:
+        blocks = min(padded(blocks, threads), rows)
+    height = -(-rows // max(blocks, 1))
+    units = -(-rows // max(height, 1)) * col_blocks * seen.groups
+    parts = max(min(out_tiles, -(-threads // max(units, 1))), 1)
+    shares = max(min(threads, units * parts), 1)
+    return Way(tile, tiles, lanes, scalars, vectors, height, cols, False, 0, parts, units * parts, shares)
+
+
+def _patch(seen: Work, tile: tuple[int, ...]) -> list[int]:
+    """Places that a tile reads, along depth, rows and width."""
+    return [m + side.kernel - 1 for m, side in zip(tile, _sides(seen), strict=True)]
+
+
+def _slab(lanes: int, vectors: int) -> int:
+    """See plainconv.cpu.winograd.Shape.slab."""
+    return (lanes * vectors | 1) * lanes
+
+
+class Room(NamedTuple):
+    """Elements of scratch memory: where the parts of each thread's begin, and sizes.
+
+    patches, weight_tile, weight_group: of the patches of a block, and of the weight of a tile of outputs and of a group
+    """
+
+    strip: int
+    columns: int
+    sums: int
+    made: int
+    weight: int
+    share: int
+    patch: int
+    patches: int
+    sum_matrix: int
+    weight_tile: int
+    weight_group: int
+    length: int
+    made_length: int
+
+
+@lru_cache(4096)
+def _room(request: Request) -> Room:
+    seen, cut = work(request), way(request)
+    lanes, patch = cut.lanes, _patch(seen, cut.tile)
+    matrices, vectors = math.prod(patch), -(-seen.group_in // lanes)
+    # Neighbours are an odd number of vectors apart, so that they do not meet in the same places of a cache.
+    tiles, chunk = cut.rows * cut.cols + kernels.SMALL, matrices * _slab(lanes, cut.vectors)
+    patch_size, sum_matrix = (vectors * matrices | 1) * lanes, (tiles * cut.vectors | 1) * lanes
+    length = padded(cut.cols * cut.tile[2] + patch[2] - cut.tile[2], lanes)
+    made_length = padded(cut.cols * cut.tile[2], lanes)
+    begins, begin = [], 0
+    for elements in (
+        patch[0] * patch[1] * length * lanes,
+        patch[1] * length * lanes,
+        matrices * sum_matrix,
+        cut.tile[0] * cut.tile[1] * made_length * lanes,
+        cut.held * chunk,
+    ):
+        begins.append(begin)
+        begin += padded(elements, ALIGNMENT // request.dtype.itemsize)
+    weight_tile = vectors * chunk
+    out_tiles = 0 if cut.apart else -(-seen.group_out // (cut.vectors * lanes))
+    ends = (patch_size, tiles * patch_size, sum_matrix, weight_tile, weight_tile * out_tiles, length, made_length)
+    return Room._make((*begins, begin, *ends))
+
+
+def _workspace(request: Request) -> tuple[int, int, int]:
+    """Bytes of the transformed weight, of patches, and of the threads' own."""
+    seen, cut, room = work(request), way(request), _room(request)
+    patches = room.patches * (seen.groups if cut.apart else cut.shares)
+    elements = (seen.groups * room.weight_group, patches, max(request.threads, 1) * room.share)
+    weight, patches, own = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
+    return weight, patches, own
+
+
+class Step(NamedTuple):
+    """A kernel, what of its arguments is settled, and for how many threads it has shares."""
+
+    kernel: cpu.Kernel
+    settled: Tensor
+    shares: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Compiled kernels, one after the other, with all of their arguments but the tensors'."""
+
+    steps: tuple[Step, ...]
+    tables: Tensor
+
+
+@lru_cache(1024)
+def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
+    """The kernels, the tables and the sizes of a request whose input has these strides."""
+    seen, cut, room, target = work(request), way(request), _room(request), cpu.Target.host()
+    sides = depth, high, width = _sides(seen)
+    element = STORED[request.dtype]
+    x_depth, x_row, x_col = (0,) * (3 - len(x_strides[2:])) + x_strides[2:]
+    x_channel = x_strides[1] if seen.in_channels > 1 else 1
+    source = "table"
+    if x_channel == 1 and seen.group_in > 1:
+        source = "pixels"
+    elif x_col == 1 and (seen.mode == "zeros" or max(width.padding) <= 0):
+        source = "rows"
+    taps = (depth.kernel, high.kernel, width.kernel)
+    made = depth.out * high.out * width.out
+    last = request.channels_last
+    y_col = seen.out_channels if last else 1
+    tables, addresses = _tables(seen.mode, sides, cut, room)
+    rows = seen.batch * cut.tiles[0] * cut.tiles[1]
+    col_blocks = -(-cut.tiles[2] // cut.cols) if cut.cols else 0
+    blocks = -(-rows // cut.rows) * col_blocks if cut.rows else 0
+    out_tiles = -(-seen.group_out // (cut.vectors * cut.lanes))
+    in_vectors = -(-seen.group_in // cut.lanes)
+    sizes = {
+        "share": room.share,
+        "strip_at": room.strip,
+        "columns_at": room.columns,
+        "sums_at": room.sums,
+        "made_at": room.made,
+        "patches_share": 0 if cut.apart else room.patches,
+        "patches_group": room.patches,
+        "groups": seen.groups,
+        "blocks": blocks,
+        "col_blocks": col_blocks,
+        "parts": cut.parts,
+        "block_rows": cut.rows,
+        "block_cols": cut.cols,
+        "rows": rows,
+        "cols": cut.tiles[2],
+        "depth_tiles": cut.tiles[0],
+        "high_tiles": cut.tiles[1],
+        "group_in": seen.group_in,
+        "group_out": seen.group_out,
+        "in_vectors": in_vectors,
+        "out_tiles": out_tiles,
+        "x_image": x_strides[0],
+        "x_channel": x_channel,
+        "x_depth": x_depth,
+        "x_row": x_row,
+        "x_col": x_col,
+        "in_width": width.size,
+        "lo": width.padding[0],
+        "y_image": seen.out_channels * made,
+        "y_channel": 1 if last else made,
+        "y_depth": high.out * width.out * y_col,
+        "y_row": width.out * y_col,
+        "y_col": y_col,
+        "out_depth": depth.out,
+        "out_rows": high.out,
+        "out_width": width.out,
+        "length": room.length,
+        "made_length": room.made_length,
+        "patch": room.patch,
+        "w_group": seen.group_in * seen.group_out * seen.taps,
+        "w_output": seen.taps * (1 if seen.turned else seen.group_in),
+        "w_channel": seen.taps * (seen.group_out if seen.turned else 1),
+        "weight_at": room.weight,
+        "weight_group": room.weight_group,
+        "weight_tile": room.weight_tile,
+        "weight_matrix": (cut.held if cut.apart else in_vectors) * _slab(cut.lanes, cut.vectors),
+        "sum_matrix": room.sum_matrix,
+    }
+    tasks = {"weight": seen.groups * -(-seen.group_out // cut.lanes), "all": cut.tasks}
+    if cut.apart:
+        tasks = {"forth": seen.groups * rows * in_vectors, "back": cut.tasks}
+    steps = []
+    for does, count in tasks.items():
+        reads, makes, weighs = does in ("all", "forth"), does in ("all", "back"), does in ("weight", "back")
+        shape = kernels.Shape(
+            element=element,
+            lanes=cut.lanes,
+            tile=cut.tile,
+            taps=taps,
+            source=source if reads else "",
+            last=last and makes,
+            scalars=cut.scalars if makes else 1,
+            vectors=cut.vectors if makes or weighs else 1,
+            turned=seen.turned and weighs,
+            does=does,
+            held=cut.held if does == "back" else 0,
+            has_bias=request.has_bias and makes,
+            has_residual=request.has_residual and makes,
+            activation=request.activation if makes else None,
+        )
+        shares = max(min(request.threads, count), 1)
+        numbers = {**sizes, "tasks": count, "shares": shares}
+        settled = torch.tensor([*addresses, *(numbers[name] for name in kernels.SIZES)])
+        steps.append(Step(cpu.compile(kernels.text(shape), target), settled, shares))
+    ready = Prepared(tuple(steps), tables)
+    weigh(ready, tables.nbytes)
+    return ready
+
+
+on_forget(prepare.cache_clear)
+
+
+def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> tuple[Tensor, tuple[int, ...]]:
+    """Which element each place of depth, rows and width shows, one table behind the other, and where each begins."""
+    counts = [tiles * m + side.kernel - 1 for tiles, m, side in zip(cut.tiles, cut.tile, sides, strict=True)]
+    counts[2] += room.length
+    parts = [engine.shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
+    tables = torch.cat(parts)
+    begins, begin = [], tables.data_ptr()
+    for part in parts:
+        begins.append(begin)
+        begin += part.nbytes
+    return tables, tuple(begins)
+
+
+def _why_not(request: Request) -> str | None:
+    problem = request.problem
+    if request.device != "cpu":
+        return "its kernels are machine code of the CPU, and the tensors are on another device"
+    if request.direction is Direction.GRAD_WEIGHT:
+        return "it makes outputs and gradients for the input, and not those for the weight"
+    if request.dtype not in (torch.float32, torch.float64):
+        named = str(request.dtype).removeprefix("torch.")
+        return f"it loses digits of what it transforms, float32 or float64, and {named} has none to lose"
+    if problem.dims > 3:
+        return "its loops are for at most three dimensions"
+    if not set(problem.kernel) <= {1, TAPS} or TAPS not in problem.kernel:
+        return f"it is for kernels of {TAPS} taps (along some dimensions 1), and this one is {_times(problem.kernel)}"
+    if any(side.stride > 1 for side in folded(problem, False)) or set(problem.dilation) != {1}:
+        return "it is for stride 1 and no dilation"
+    if sentence := too_far(problem) or cpu.why_not():
+        return sentence
+    needed = sum(_workspace(request))
+    if needed > request.max_workspace:
+        return f"it needs {needed} bytes of scratch memory, and max_workspace is {request.max_workspace}"
+    return None
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def growth(tile: tuple[int, ...], taps: tuple[int, ...]) -> float:
+    """How much larger than a sum of products the numbers are that it is made of here, if all are independent.
+
+    Along one dimension and for output i, its square is  sum over j of  A[i, j]^2 |G[j]|^2 |B[j]|^2 / taps.
+    """
+    product = 1.0
+    for m, k in zip(tile, taps, strict=True):
+        back, weights, forth = kernels.forms(m, k)
+        sizes = [sum(g * g for g in a) * sum(b * b for b in c) for a, c in zip(weights, forth, strict=True)]
+        product *= max(float(sum(a * a * n for a, n in zip(row, sizes, strict=True))) for row in back) / k
+    return math.sqrt(product)
+
+
+def _error(request: Request) -> float:
+    """Sums over channels, of numbers that are larger than the result."""
+    seen, cut = work(request), way(request)
+    taps = tuple(side.kernel for side in _sides(seen))
+    return growth(cut.tile, taps) * summation_error(seen.group_in + sum(_patch(seen, cut.tile)))
+
+
+def _cost(request: Request) -> Cost:
+    """Cycles of the transforms and of the products, or memory, whichever is longer, and the calls."""
+    seen, cut, problem, target = work(request), way(request), request.problem, cpu.Target.host()
+    matrices, size = math.prod(_patch(seen, cut.tile)), request.dtype.itemsize
+    in_vectors, outputs = -(-seen.group_in // cut.lanes), -(-seen.group_out // cut.lanes)
+    out_tiles = -(-outputs // cut.vectors)
+    tiles = seen.batch * math.prod(cut.tiles)
+    weight = matrices * seen.group_in * out_tiles * cut.vectors * cut.lanes * size
+    patches = _room(request).patches * size
+    product = PRODUCT if max(patches, 0 if cut.apart else weight) <= FAR_BYTES else FAR_PRODUCT
+
+    def products(count: int) -> float:
+        """Of so many tiles, for a tile of outputs and a matrix."""
+        whole, left = divmod(count, cut.scalars)
+        steps = ((cut.scalars, whole), (kernels.SMALL, -(-left // kernels.SMALL)))
+        return sum(
+            n * (seen.group_in * (product * max(scalars * cut.vectors, LEAST_SUMS) + STEP * cut.vectors) + TILE)
+            for scalars, n in steps
+        )
+
+    each = max(cut.rows * cut.cols, 1)
+    cycles = seen.groups * out_tiles * (tiles // each * products(each) + products(tiles % each))
+    cycles += seen.groups * tiles * (FORTH * in_vectors * cut.parts + BACK * outputs)
+    cycles += seen.groups * outputs * seen.group_in * (WEIGHT if cut.apart or weight <= FAR_BYTES else FAR_STORE)
+    register = cut.lanes * size * 8
+    cycles *= matrices * (1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0))
+    busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
+    moved = size * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    memory = moved / (CACHED if moved < 16 << 20 else BYTES_PER_SECOND)
+    seconds = max(cycles * busy / CYCLES_PER_SECOND, memory) + 2 * engine.launches_s(cut.shares)
+    multiplies = seen.groups * tiles * matrices * seen.group_in * seen.group_out
+    return Cost(multiplies, moved, sum(_workspace(request)), seconds)
+
+
+def bind(request: Request, tensors: Tensors) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these."""
+    ready, threads = prepare(request, tensors.first.stride()), request.threads
+    weight_bytes, patches_bytes, _ = _workspace(request)
+
+    def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+        x, w, bias, residual = tensors
+        w, bias = w.contiguous(), None if bias is None else bias.contiguous()
+        weight = workspace.data_ptr()
+        patches = weight + weight_bytes
+        scratch = patches + patches_bytes
+        given = (
+            x.data_ptr(),
+            w.data_ptr(),
+            weight,
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            patches,
+            scratch,
+        )
+        for step in ready.steps:
+            launch(step.kernel, (*given, step.settled.data_ptr()), step.shares, threads)
+
+    return call
+
+
+def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+    """Fill `out`."""
+    bind(request, tensors)(tensors, out, workspace)
+
+
+ALGORITHM = folding(Algorithm("winograd", _why_not, _cost, _error, run, fuses=True, bind=bind))

@@ -1,0 +1,80 @@
+"""Winograd's matrices, in fractions, and the sums and differences that multiply by them."""
+
+from fractions import Fraction
+
+import pytest
+
+from plainconv.cpu import winograd
+from plainconv.cpu.emit import Emit, Value
+
+FORMS = [(1, 1), (2, 3), (4, 3), (6, 3), (3, 4), (4, 5), (2, 2)]
+
+
+def times(matrix, vector):
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+@pytest.mark.parametrize(("outputs", "taps"), FORMS)
+def test_the_forms_are_convolutions(outputs, taps):
+    """Exactly: both sides are linear in the input and in the kernel, so it is enough to try what they are made of."""
+    back, weights, forth = winograd.forms(outputs, taps)
+    size = outputs + taps - 1
+    assert [len(back), len(weights), len(forth)] == [outputs, size, size]
+    for at in range(size):
+        for tap in range(taps):
+            inputs, kernel = [int(i == at) for i in range(size)], [int(k == tap) for k in range(taps)]
+            products = [a * b for a, b in zip(times(weights, kernel), times(forth, inputs), strict=True)]
+            assert times(back, products) == [int(i + tap == at) for i in range(outputs)]
+
+
+def test_the_points_are_different_and_of_few_digits():
+    assert [str(point) for point in winograd.points(7)] == ["0", "1", "-1", "2", "-2", "1/2", "-1/2"]
+    assert len(set(winograd.points(15))) == 15
+
+
+class Numbers(Emit):
+    """Computes what it is told to, with one fraction for a vector, and counts."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.operations = 0
+
+    def _number(self, result):
+        self.operations += 1
+        return Value(self, str(result), self.vector)
+
+    def add(self, a, b):
+        return self._number(Fraction(a.text) + Fraction(b.text))
+
+    def subtract(self, a, b):
+        return self._number(Fraction(a.text) - Fraction(b.text))
+
+    def multiply(self, a, b):
+        return self._number(Fraction(a.text) * Fraction(b.text))
+
+    def fma(self, a, b, c):
+        return self._number(Fraction(a.text) * Fraction(b.text) + Fraction(c.text))
+
+    def constant(self, number):
+        exact = Fraction(number).limit_denominator(1000)
+        return Value(self, str(exact), self.vector)
+
+
+@pytest.mark.parametrize(("outputs", "taps"), FORMS)
+def test_sums_are_shared_and_right(outputs, taps):
+    for matrix in winograd.forms(outputs, taps):
+        numbers = Numbers()
+        given = [Fraction(7 * i * i - 3 * i + 1, i + 2) for i in range(len(matrix[0]))]
+        values = [Value(numbers, str(number), numbers.vector) for number in given]
+        found = winograd.transform(numbers, matrix, values)
+        assert [Fraction(value.text) for value in found] == times(matrix, given)
+        plain = sum(max(sum(map(bool, row)) - 1, 0) + (row[0] not in (0, 1)) for row in matrix)
+        assert numbers.operations <= plain + len(matrix)
+
+
+def test_fewer_operations_where_signs_differ():
+    """B^T of F(4,3): two pairs of rows share their halves."""
+    numbers = Numbers()
+    forth = winograd.forms(4, 3)[2]
+    winograd.transform(numbers, forth, [Value(numbers, "1", numbers.vector)] * 6)
+    assert numbers.operations < sum(sum(map(bool, row)) for row in forth) - 4
