@@ -33,7 +33,7 @@ from plainconv.cpu.launch import launch
 from plainconv.menu import engine
 from plainconv.menu.axes import Work, work
 from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, summation_error
-from plainconv.menu.engine import STORED, Side, folded, padded, too_far
+from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
 from plainconv.remember import on_forget, weigh
@@ -353,24 +353,17 @@ def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> 
 
 def _why_not(request: Request) -> str | None:
     problem = request.problem
-    if request.device != "cpu":
-        return "its kernels are machine code of the CPU, and the tensors are on another device"
     if request.direction is Direction.GRAD_WEIGHT:
         return "it makes outputs and gradients for the input, and not those for the weight"
-    if request.dtype not in (torch.float32, torch.float64):
+    if request.dtype in (torch.bfloat16, torch.float16):
         named = str(request.dtype).removeprefix("torch.")
         return f"it loses digits of what it transforms, float32 or float64, and {named} has none to lose"
-    if problem.dims > 3:
-        return "its loops are for at most three dimensions"
+    if sentence := engine.why_not(request):
+        return sentence
     if not set(problem.kernel) <= {1, TAPS} or TAPS not in problem.kernel:
         return f"it is for kernels of {TAPS} taps (along some dimensions 1), and this one is {_times(problem.kernel)}"
     if any(side.stride > 1 for side in folded(problem, False)) or set(problem.dilation) != {1}:
         return "it is for stride 1 and no dilation"
-    if sentence := too_far(problem) or cpu.why_not():
-        return sentence
-    needed = sum(_workspace(request))
-    if needed > request.max_workspace:
-        return f"it needs {needed} bytes of scratch memory, and max_workspace is {request.max_workspace}"
     return None
 
 
