@@ -311,7 +311,7 @@ def tune_problems(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(BENCH_DTYPES)}.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch would take.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Tensors with channels innermost.")] = False,
-    bias: Annotated[bool, typer.Option("--bias", help="Add a bias.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="With a bias; grad_weight: its gradient.")] = False,
     allow_builtin: Annotated[bool, typer.Option("--allow-builtin", help="Let torch's own compete.")] = False,
 ) -> None:
     """Measure which algorithm is the quickest for a convolution on this machine, and remember it for all calls."""
@@ -319,8 +319,6 @@ def tune_problems(
         way = _direction(direction)
         if dtype not in BENCH_DTYPES:
             raise InputError(f"unknown dtype {dtype!r}; dtypes are {', '.join(BENCH_DTYPES)}")
-        if bias and way is Direction.GRAD_WEIGHT:
-            raise InputError("--bias belongs to forward and grad_input; a gradient for the weight has none")
         asked = [(way, _problem(text)) for text in problem or []]
         if suite:
             from plainconv import bench

@@ -104,7 +104,7 @@ def _tensors(request: Request) -> tuple[Tensors, Tensor]:
 
     made = problem.shape_of(direction.makes)
     first, second = (filled(problem.shape_of(role)) for role in direction.given)
-    bias = filled(made[1:2]) if request.has_bias else None
+    bias = filled(request.bias_shape) if request.has_bias else None
     return Tensors(first, second, bias, filled(made) if request.has_residual else None), empty(made)
 
 

@@ -8,8 +8,10 @@ makes tensor m out of a and b, with respect to a, make a out of b and the cotang
     GRAD_INPUT(y, w)   cotangent u:  dy = FORWARD(u, w)       dw = GRAD_WEIGHT(u, y)
     GRAD_WEIGHT(x, y)  cotangent v:  dx = GRAD_INPUT(y, v)    dy = FORWARD(x, v)
 
-(for complex numbers b is conjugated), and a tangent goes through the direction itself.  vmap folds the new dimension
-into the batch, the input channels, the output channels or the groups, whichever the tensors that have it share.
+(for complex numbers b is conjugated), and a tangent goes through the direction itself.  The gradient of a bias is the
+sum of the cotangent; in the backward of a plain FORWARD, GRAD_WEIGHT makes it in the same pass.  vmap folds the new
+dimension into the batch, the input channels, the output channels or the groups, whichever the tensors that have it
+share.
 
 Three ways in, for one answer.  A plain call runs the plan at once, within a small autograd.Function if a gradient is
 asked for.  A call that torch watches in any other way (a transform, a mode, forward AD) goes through a Function that
@@ -29,7 +31,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.memory import LARGE, lent
-from plainconv.menu.base import Tensors
+from plainconv.menu.base import Tensors, sum_for_bias
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.remember import on_forget
@@ -164,7 +166,8 @@ def watching(first: Tensor, second: Tensor, bias: Tensor | None) -> Watch:
 class Call:
     """A call for tensors of certain sizes, strides and types, with all that depends on them looked up.
 
-    run(first, second, bias) makes the result; recorded does too, and notes for autograd what its gradients need.
+    run(first, second, bias) makes the result (GRAD_WEIGHT fills the bias, if there is one, with its gradient); recorded
+    does too, and notes for autograd what its gradients need.
     """
 
     __slots__ = ("_derivatives", "make", "run")
@@ -177,23 +180,29 @@ class Call:
         return _record(first, second, bias, self)
 
     def gradients(self, first: Tensor, second: Tensor, cotangent: Tensor, wanted: tuple[bool, ...]) -> list[Any]:
-        """Those of the first two that are wanted, else None; nothing may watch."""
+        """Those of the first two and of the bias that are wanted, else None; nothing may watch."""
         given = first, second, cotangent
         # What was saved for backward may lie otherwise than what was given: hooks pack and unpack it.
         lies = first.stride(), second.stride(), cotangent.stride()
         key = self, lies, wanted, torch.get_num_threads()
+        bias = cotangent.new_empty(cotangent.shape[1]) if wanted[2] else None
+        # What a forward call added to y has its gradient made beside that of w.
+        beside = None, bias if wanted[1] and self.make.direction is Direction.FORWARD else None
         ready = _GRADIENTS.get(key)
         if ready is None:
-            ready = [self._gradient(i, given) if wanted[i] else None for i in range(2)]
+            ready = [self._gradient(i, given, beside[i]) if wanted[i] else None for i in range(2)]
             remember(_GRADIENTS, key, ready)
-        return [each and each[0](given[each[1]], given[each[2]], None) for each in ready]
+        made = [each and each[0](given[each[1]], given[each[2]], beside[i]) for i, each in enumerate(ready)]
+        if bias is not None and beside[1] is None:
+            sum_for_bias(cotangent, bias)
+        return [*made, bias]
 
-    def _gradient(self, of: int, given: Sequence[Tensor]) -> tuple[_Run, int, int]:
+    def _gradient(self, of: int, given: Sequence[Tensor], bias: Tensor | None) -> tuple[_Run, int, int]:
         """What makes the gradient of one of the two, and which two of those given it is made out of."""
         roles = (*self.make.direction.given, self.make.direction.makes)
         make = self.derivative(roles[of], given[of])
         a, b = (roles.index(role) for role in make.direction.given)
-        return _remembered(given[a], given[b], None, make).run, a, b
+        return _remembered(given[a], given[b], bias, make).run, a, b
 
     def derivative(self, role: str, like: Tensor) -> Make:
         """As Make's: a given tensor has the same shape and strides in every call."""
@@ -222,13 +231,18 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
     shape, strides, dtype, device = empty.shape, empty.stride(), first.dtype, first.device
     how = (tuple(shape), strides)
     large = device.type == "cpu" and empty.nbytes >= LARGE
-    if 0 in shape:
-        return Call(make, lambda first, second, bias: torch.empty_strided(*how, dtype=dtype, device=device))
-    if 0 in first.shape or 0 in second.shape:
-        return Call(
-            make,
-            lambda first, second, bias: _of_nothing(torch.empty_strided(*how, dtype=dtype, device=device), bias),
-        )
+    if 0 in (*shape, *first.shape, *second.shape):
+
+        def of_nothing(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+            """The sum of no products, and the bias."""
+            out = torch.empty_strided(*how, dtype=dtype, device=device).zero_()
+            if bias is not None and asked.makes_bias:
+                sum_for_bias(second, bias)
+            elif bias is not None:
+                out += bias.view(-1, *(1,) * (out.dim() - 2))
+            return out
+
+        return Call(make, of_nothing)
     regular = 0 not in first.stride() and 0 not in second.stride()
     fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
 
@@ -254,11 +268,6 @@ def remember(memory: dict[Any, _Kept], key: Any, call: _Kept) -> None:
     memory[key] = call
 
 
-def _of_nothing(out: Tensor, bias: Tensor | None) -> Tensor:
-    """The sum of no products, and the bias."""
-    return out.zero_() if bias is None else out.copy_(bias.view(-1, *(1,) * (out.dim() - 2)).expand_as(out))
-
-
 def _empty(like: Tensor, make: Make) -> Tensor:
     memory_format = _FORMATS[len(make.shape)] if make.channels_last else torch.contiguous_format
     return torch.empty(make.shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
@@ -268,6 +277,7 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
     """The request that a call sends to the planner, or the one of its gradients if `direction` is not make's own."""
     problem, threads = _problem(make, first.shape, second.shape), torch.get_num_threads()
     own = direction is make.direction
+    beside = direction is Direction.GRAD_WEIGHT and make.direction is Direction.FORWARD  # the gradient of the bias, too
     like = {make.direction.given[0]: first, make.direction.given[1]: second}.get(direction.makes, first)
     channels_last = make.channels_last if own else is_channels_last(like)  # a gradient has its tensor's format
     if direction is Direction.GRAD_WEIGHT and problem.group_in == problem.group_out == 1:
@@ -279,7 +289,7 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
         first.dtype,
         first.device.type,
         channels_last,
-        own and bias is not None,
+        bias is not None and (own or beside),
         threads,
         make.settings.max_workspace,
         allow_builtin=make.settings.allow_builtin,
@@ -351,10 +361,8 @@ class _Recorded(torch.autograd.Function):
         if watching(first, second, cotangent) is not Watch.NOTHING or first.is_complex():
             ctx.make, ctx.derivative = call.make, call.derivative
             return _gradients(ctx, cotangent)
-        wanted = _wanted(ctx)
-        regular = _regular(cotangent, call.make.channels_last)
-        bias = _bias_gradient(cotangent) if ctx.has_bias and wanted[2] else None
-        return *call.gradients(first, second, regular, wanted[:2]), bias, None
+        wanted = (*_wanted(ctx), False)[:3]  # no bias, no node
+        return *call.gradients(first, second, _regular(cotangent, call.make.channels_last), wanted), None
 
 
 # Function.apply looks for transforms, which `watching` has done.
@@ -423,12 +431,8 @@ def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | Non
             make = ctx.derivative(role, like)
             a, b = (other[r] for r in make.direction.given)
             gradients[i] = convolve(a, b, None, make)
-    bias = _bias_gradient(cotangent) if ctx.has_bias and wanted[2] else None
+    bias = cotangent.sum([0, *range(2, cotangent.dim())]) if ctx.has_bias and wanted[2] else None
     return gradients[0], gradients[1], bias, None
-
-
-def _bias_gradient(cotangent: Tensor) -> Tensor:
-    return cotangent.sum([0, *range(2, cotangent.dim())])
 
 
 def _wanted(ctx: Any) -> tuple[bool, ...]:
@@ -541,6 +545,8 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
                 f"plainconv::{name} takes tensors of one type and device, and a bias of one value a channel; got "
                 f"{[(tuple(t.shape), t.dtype, str(t.device)) for t in (first, second, bias) if t is not None]}"
             )
+        if bias is not None and direction is Direction.GRAD_WEIGHT:
+            raise RuntimeError(f"plainconv::{name} adds no bias")
         with _without_autocast(first.device.type):
             return _remembered(first, second, bias, Make.of(direction, *operands)).run(first, second, bias)
 

@@ -90,7 +90,7 @@ class Plan:
         device = tensors.first.device
         kept = size <= KEPT and device.type == "cpu"
         large = size >= LARGE and device.type == "cpu"
-        unfinished = not algorithm.fuses and (request.has_residual or request.activation is not None)
+        unfinished = not algorithm.fuses and finish_seconds(request) > 0
 
         def call(tensors: Tensors, out: Tensor) -> None:
             if large:

@@ -275,7 +275,8 @@ class Request:
 
     What is made is  activation(convolution + bias + residual),  each of the three if it is there: a bias has one value
     for each channel, a residual the shape and memory format of the result, and activation is one of ACTIVATIONS
-    (leaky_relu with slope 0.01, gelu with erf).  channels_last speaks of the result, and is never set where torch has
+    (leaky_relu with slope 0.01, gelu with erf).  GRAD_WEIGHT adds no bias: with one, it makes the gradient of the bias
+    of y, too.  channels_last speaks of the result, and is never set where torch has
     no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.
     """
 
@@ -300,6 +301,16 @@ class Request:
             raise ValueError(f"activation must be None or one of {ACTIVATIONS}, but got {self.activation!r}")
         if not self.dtype.is_floating_point:
             raise ValueError(f"activation={self.activation!r} is for floating types, but the tensors are {self.dtype}")
+
+    @property
+    def makes_bias(self) -> bool:
+        """Whether the gradient of a bias is made beside that of the weight: the sum of y over images and places."""
+        return self.has_bias and self.direction is Direction.GRAD_WEIGHT
+
+    @property
+    def bias_shape(self) -> tuple[int]:
+        """Of the bias, or of its gradient."""
+        return (self.problem.in_channels if self.direction is Direction.GRAD_INPUT else self.problem.out_channels,)
 
     def __str__(self) -> str:
         told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"

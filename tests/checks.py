@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plainconv import reference
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import INTEGERS, Algorithm, Tensors, compute_dtype, finish
+from plainconv.menu.base import INTEGERS, Algorithm, Tensors, compute_dtype, finish, summation_error
 from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
 DIRECTIONS = tuple(Direction)
@@ -152,10 +152,15 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def given(asked: Request, values: object = integers, seed: int = 0) -> Tensors:
-    """Tensors for a request: the two that its direction is given, and a bias and a residual if it has them."""
+    """Tensors for a request: the two that its direction is given, and a bias and a residual if it has them.
+
+    Where the bias is made and not given, it is poisoned.
+    """
     first, second = (asked.problem.shape_of(role) for role in asked.direction.given)
     makes = asked.problem.shape_of(asked.direction.makes)
-    bias = values(makes[1:2], asked.dtype, seed + 2) if asked.has_bias else None  # type: ignore[operator]
+    bias = values(asked.bias_shape, asked.dtype, seed + 2) if asked.has_bias else None  # type: ignore[operator]
+    if asked.makes_bias:
+        poison(bias)
     residual = values(makes, asked.dtype, seed + 3) if asked.has_residual else None  # type: ignore[operator]
     if residual is not None and asked.channels_last:
         residual = channels_last(residual)
@@ -182,7 +187,7 @@ def sums(
 ) -> Tensor:
     """What the activation is applied to, by definition, in a wide type."""
     result = _MAKERS[asked.direction](asked.problem, wide(first), wide(second))
-    if bias is not None:
+    if bias is not None and not asked.makes_bias:
         result = result + wide(bias).view(-1, *(1,) * asked.problem.dims)
     return result if residual is None else result + wide(residual)
 
@@ -248,7 +253,10 @@ def result_of(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Run the algorithm as the contract says: poisoned result, guarded and poisoned workspace of the declared size."""
+    """Run the algorithm as the contract says: poisoned result, guarded and poisoned workspace of the declared size.
+
+    Where a bias is made, it is filled, too.
+    """
     tensors = Tensors(first, second, bias, residual)
     out = torch.empty(asked.problem.shape_of(asked.direction.makes), dtype=asked.dtype)
     if asked.channels_last:
@@ -268,7 +276,8 @@ def result_of(
     )
     assert out.stride() == strides, f"{told}: changed the strides of the result"
     for tensor, copy in zip(tensors, before, strict=True):
-        assert tensor is None or same(tensor, copy), f"{told}: wrote into an argument"  # type: ignore[arg-type]
+        made = tensor is bias and asked.makes_bias
+        assert tensor is None or made or same(tensor, copy), f"{told}: wrote into an argument"  # type: ignore[arg-type]
     return out
 
 
@@ -305,12 +314,30 @@ def compare(
     *,
     to_the_bit: bool,
 ) -> None:
+    """Hold a result, and a bias that was made, to the definition."""
     told = f"{algorithm.name}: {asked}" + (" with bias" if asked.has_bias else "")
-    expected = exact(asked, first, second, bias, residual)
-    to_the_bit = to_the_bit and asked.activation in (None, "relu", "relu6")
+    exactly = to_the_bit and asked.activation in (None, "relu", "relu6") and algorithm.name not in ROUNDING
+    bound = None if exactly else tolerance(algorithm, asked, first, second, bias, residual)
+    _hold(told, result, exact(asked, first, second, bias, residual), bound)
+    if asked.makes_bias:
+        assert bias is not None
+        dims = (0, *range(2, second.dim()))
+        bound = None if to_the_bit else _tolerance_of_bias(asked, wide(second).abs().sum(dims))
+        _hold(f"{told}, the bias", bias, wide(second).sum(dims), bound)
+
+
+def _tolerance_of_bias(asked: Request, parts: Tensor) -> Tensor:
+    """The same for the gradient of a bias, a sum of y's: `parts` are those of their absolute values."""
+    kept = compute_dtype(asked.dtype)
+    bound = summation_error(asked.problem.terms(asked.direction)) * torch.finfo(kept).eps * parts
+    return bound if kept == asked.dtype else bound + torch.finfo(asked.dtype).eps / 2 * parts
+
+
+def _hold(told: str, result: Tensor, expected: Tensor, bound: Tensor | None) -> None:
+    """A result may be off by the bound; without one, by nothing but its rounding."""
     assert result.shape == expected.shape, f"{told}: shape {tuple(result.shape)}, not {tuple(expected.shape)}"
-    if to_the_bit and algorithm.name not in ROUNDING:
-        rounded = expected.to(asked.dtype)
+    if bound is None:
+        rounded = expected.to(result.dtype)
         wrong = wide(result) != wide(rounded)
         if bool(wrong.any()):
             where = tuple(wrong.nonzero()[0].tolist())
@@ -319,7 +346,7 @@ def compare(
                 f"first at {where}: {result[where].item()}, not {rounded[where].item()}"
             )
         return
-    error, bound = (wide(result) - expected).abs(), tolerance(algorithm, asked, first, second, bias, residual)
+    error = (wide(result) - expected).abs()
     wrong = ~(error <= bound)  # a NaN is wrong
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())

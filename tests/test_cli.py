@@ -320,7 +320,6 @@ def test_tune(tmp_path, monkeypatch):
         (["--suite", "none"], "unknown suite 'none'"),
         (["--problem", "n1 c1 o1 x3 k3", "--direction", "up"], "directions are forward"),
         (["--problem", "n1 c1 o1 x3 k3", "--dtype", "int8"], "unknown dtype 'int8'"),
-        (["--problem", "n1 c1 o1 x3 k3", "--direction", "grad_weight", "--bias"], "--bias belongs to forward"),
     ],
 )
 def test_tune_says_what_is_wrong(words, sentence):

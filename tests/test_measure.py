@@ -79,7 +79,7 @@ def test_candidates_get_tensors_as_the_request_says(direction, dtype):
     assert torch.equal(torch.get_rng_state(), state), "the user's random numbers are left alone"
     tensors, out = seen[0]
     assert (tensors.first.shape, tensors.second.shape) == tuple(map(asked.problem.shape_of, direction.given))
-    assert tensors.bias.shape == out.shape[1:2]
+    assert tensors.bias.shape == asked.bias_shape == ((4,) if direction is Direction.GRAD_INPUT else (6,))
     assert tensors.residual.shape == out.shape == asked.problem.shape_of(direction.makes)
     assert all(tensor.dtype == dtype for tensor in (*tensors, out))
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (tensors.first, tensors.residual, out))

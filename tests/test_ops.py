@@ -502,6 +502,51 @@ def test_gradients_use_the_algorithm_of_the_call(algorithm, served):
     assert [plan.algorithm.name for plan, _ in served] == [algorithm] * 3
 
 
+@pytest.mark.parametrize("wanted", ["xwb", "wb", "xb", "w", "b"])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_gradient_of_a_bias_is_made_beside_the_weights(wanted, last, served):
+    """If both are wanted; else by itself, or not at all."""
+    x, w, b = images(2, 3, 9, 8), images(4, 3, 3, 2), images(4)
+    leaves = [t.requires_grad_() for name, t in zip("xwb", (x, w, b), strict=True) if name in wanted]
+    y = plainconv.conv2d(channels_last(x) if last else x, w, b, stride=2)
+    cotangent = images(*y.shape)
+    for grads in (lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True), lambda: y.backward(cotangent)):
+        served.clear()
+        made = grads() or [leaf.grad for leaf in leaves]
+        beside = [plan.request.makes_bias for plan, _ in served if plan.request.direction is Direction.GRAD_WEIGHT]
+        assert beside == ["b" in wanted] * ("w" in wanted)
+        torch.testing.assert_close(
+            list(made), list(torch.autograd.grad(F.conv2d(x, w, b, stride=2), leaves, cotangent))
+        )
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "shift", "im2col", "fft", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_the_gradient_of_a_bias_is_rounded_once(algorithm, dtype):
+    x, w, b = (images(*shape, dtype=dtype, grad=True) for shape in ((3, 2, 21, 20), (4, 2, 2, 3), (4,)))
+    y = plainconv.conv2d(x, w, b, algorithm=algorithm)
+    cotangent = images(*y.shape, dtype=dtype)
+    y.backward(cotangent)
+    exact, size = (t.to(torch.complex128).sum((0, 2, 3)) for t in (cotangent, cotangent.abs()))
+    assert ((b.grad - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * size.abs()).all()
+
+
+def test_the_bias_of_a_transposed_layer_has_its_gradient_too(served):
+    y, w, b = images(2, 4, 5, 5, grad=True), images(4, 3, 3, 3, grad=True), images(3, grad=True)
+    cotangent = images(2, 3, 7, 7)
+    plainconv.conv_transpose2d(y, w, b).backward(cotangent)
+    assert not any(plan.request.makes_bias for plan, _ in served), "it was added to the weight's input"
+    torch.testing.assert_close(b.grad, cotangent.sum((0, 2, 3)))
+
+
+def test_weight_and_bias_without_input_channels():
+    x, w, b = images(2, 0, 5, 5), images(4, 0, 3, 3, grad=True), images(4, grad=True)
+    y = plainconv.conv2d(x, w, b)
+    y.sum().backward()
+    assert w.grad.shape == w.shape
+    assert torch.equal(b.grad, torch.full((4,), 18.0, dtype=b.dtype))
+
+
 @pytest.mark.parametrize("cotangent", ["stride 0", "channels last", "irregular"])
 def test_cotangents_of_every_layout(cotangent):
     def gradients(convolution):
@@ -1093,6 +1138,9 @@ def test_other_types_or_a_bias_of_another_length_are_refused_by_the_operator(dir
         for wrong in (bias[:-1], bias.double()):
             with pytest.raises(RuntimeError, match="a bias of one value a channel"):
                 operator(first, second, wrong, *make.operands())
+    else:
+        with pytest.raises(RuntimeError, match="adds no bias"):
+            operator(first, second, torch.empty(3), *make.operands())
 
 
 # -- gradients without needless copies -------------------------------------------------------------------------------

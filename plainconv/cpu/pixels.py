@@ -9,15 +9,16 @@
                      the sums are added to those of the chunk, in memory
 
 so a sum is one over a row, and then one over the rows.  Inside of a row some places are taken together, for which each
-pixel is loaded once, for all taps that see it; at its edges a place comes alone, and a table knows what it sees.  What
-adds the chunks is that of plainconv/cpu/weights.py.
+pixel is loaded once, for all taps that see it; at its edges a place comes alone, and a table knows what it sees.  For
+the gradient of a bias, gy itself is summed on the way: a tap that sees ones.  What adds the chunks is that of
+plainconv/cpu/weights.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from plainconv.cpu.emit import SCALARS, Emit, Value
 
@@ -53,6 +54,7 @@ class Shape:
     spread    whether the channels of x, and of gy, lie apart
     high x wide: the tile; both divide the kernel
     places    that are taken together
+    bias      whether gy itself is summed, too
     """
 
     element: str
@@ -66,6 +68,7 @@ class Shape:
     high: int
     wide: int
     places: int
+    bias: bool
 
 
 @lru_cache(256)
@@ -91,6 +94,10 @@ def text(shape: Shape) -> str:
     x_apart, y_apart = (
         of[name] if far else None for name, far in zip(("x_channel", "y_channel"), shape.spread, strict=True)
     )
+
+    def keep(value: Value, to: Value, first: Value) -> None:
+        """Put the sum of the first row where the others are added."""
+        e.when(first, lambda: e.store(value, to), lambda: e.store(e.add(e.load(to), value), to))
 
     def share(i: Value, _: list[Value]) -> Sequence[Value]:
         number = e.begin + i
@@ -136,6 +143,8 @@ def text(shape: Shape) -> str:
                                 else:
                                     value = load(pixel, x_apart, e.mask(e.select(seen, bits, e.number(0))))
                                 result[i] = e.fma(value, given, result[i])
+                        if shape.bias:
+                            result[-1] = e.add(result[-1], given)
                         return result
 
                     def together(n: Value, acc: list[Value]) -> Sequence[Value]:
@@ -162,22 +171,21 @@ def text(shape: Shape) -> str:
                                 for p, tap in meets:
                                     i = k * shape.wide + tap
                                     result[i] = e.fma(value, given[p], result[i])
+                        if shape.bias:
+                            result[-1] = reduce(e.add, given, result[-1])
                         return result
 
-                    acc = e.loop(of["inside"], [e.zero] * (shape.high * shape.wide), together)
+                    taps = shape.high * shape.wide
+                    acc = e.loop(of["inside"], [e.zero] * (taps + shape.bias), together)
                     acc = e.loop(of["out_width"] - of["inside"] * shape.places, acc, alone)
-                    taps = ((v * depth + kd) * high + ky) * wide + kx
-                    for i, value in enumerate(acc):
+                    each, first_tap = depth * high * wide, (kd * high + ky) * wide + kx
+                    total, is_first = e.at(sums, v * ((each + shape.bias) * shape.lanes)), e.compare("eq", j, 0)
+                    for i, value in enumerate(acc[:taps]):
                         k, tap = divmod(i, shape.wide)
-                        to = e.at(sums, (taps + (k * wide + tap)) * shape.lanes)
-
-                        def put(value: Value = value, to: Value = to) -> None:
-                            e.store(value, to)
-
-                        def add(value: Value = value, to: Value = to) -> None:
-                            e.store(e.add(e.load(to), value), to)
-
-                        e.when(e.compare("eq", j, 0), put, add)
+                        keep(value, e.at(total, (first_tap + (k * wide + tap)) * shape.lanes), is_first)
+                    if shape.bias:  # one tile's will do
+                        to = e.at(total, each * shape.lanes)
+                        e.when(e.compare("eq", first_tap, 0), lambda: keep(acc[-1], to, is_first))
 
                 def each_depth(kd: Value, _: list[Value]) -> Sequence[Value]:
                     def each_high(a: Value, _: list[Value]) -> Sequence[Value]:

@@ -14,7 +14,8 @@ of sums each, and the loops are, from the outside in,
         sums       lanes are added, and what is left is added to the sums of the chunk, in memory
 
 so no sum is longer than an item, and `total` adds the chunks, in their order.  The last tile of a dimension overlaps
-the one before it: what both have is summed twice, and used once.
+the one before it: what both have is summed twice, and used once.  For the gradient of a bias, gy itself is summed, too:
+one more register for each output of a tile, a tap that sees ones.
 
 An input row of the border is a row of zeros.  Columns at the edges load under masks; inside, loads need no care.  What
 has no contiguous rows, a larger stride or borders that are no zeros is gathered through a table.
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from plainconv.cpu.emit import SCALARS, Emit, Value
 
@@ -80,6 +81,7 @@ class Shape:
     spread    whether the places of a row of gy lie apart
     long      whether what lies AHEAD along a row is asked for: of many rows at once, processors foresee little
     outputs x high x wide: the tile; rows: of gy, that share what is loaded of the input
+    bias      whether gy itself is summed, too
     """
 
     element: str
@@ -96,11 +98,12 @@ class Shape:
     high: int
     wide: int
     rows: int
+    bias: bool
 
     @property
     def sums(self) -> int:
-        """Of a tile."""
-        return self.outputs * self.high * self.wide
+        """Of a tile: [outputs, high, wide], then those of the bias."""
+        return self.outputs * (self.high * self.wide + self.bias)
 
     @property
     def padded(self) -> int:
@@ -197,17 +200,23 @@ class _Taps:
                 x = e.at(of["x"], (group * of["group_in"] + c) * of["x_channel"], shape.stored)
 
                 def taps(kd: Value, ky: Value, kx: Value, at: list[Value]) -> Sequence[Value]:
-                    acc = self.planes(x, y, kd, ky, kx, (plane, planes), (row, rows), columns)
-                    for i in range(0, len(acc), shape.lanes):
-                        total, to = e.sums_of(acc[i : i + shape.lanes]), e.at(at[0], i)
+                    def tile(bias: bool) -> None:
+                        acc = self.planes(x, y, kd, ky, kx, (plane, planes), (row, rows), columns, bias)
+                        for i in range(0, len(acc), shape.lanes):
+                            total, to = e.sums_of(acc[i : i + shape.lanes]), e.at(at[0], i)
 
-                        def put(total: Value = total, to: Value = to) -> None:
-                            e.store(total, to)
+                            def put(total: Value = total, to: Value = to) -> None:
+                                e.store(total, to)
 
-                        def add(total: Value = total, to: Value = to) -> None:
-                            e.store(e.add(e.load(to), total), to)
+                            def add(total: Value = total, to: Value = to) -> None:
+                                e.store(e.add(e.load(to), total), to)
 
-                        e.when(first, put, add)
+                            e.when(first, put, add)
+
+                    if shape.bias and shape.kernel != (1, shape.high, shape.wide):  # the first tile's will do
+                        e.when(e.compare("eq", c + kd + ky + kx, 0), lambda: tile(True), lambda: tile(False))
+                    else:
+                        tile(shape.bias)
                     return [e.at(at[0], shape.padded)]
 
                 def each_depth(kd: Value, at: list[Value]) -> Sequence[Value]:
@@ -237,9 +246,14 @@ class _Taps:
         planes: tuple[Value, Value],
         rows: tuple[Value, Value],
         columns: tuple[Value, Value],
+        bias: bool,
     ) -> list[Value]:
-        """The sums [outputs, high, wide] of a tile over an item, lane by lane; ky, kx: its first taps."""
+        """The sums [outputs, high, wide] of a tile over an item, lane by lane, and with a bias those of gy [outputs].
+
+        ky, kx: its first taps.
+        """
         e, of, shape = self.e, self.given, self.shape
+        taps = shape.outputs * shape.high * shape.wide
         inside = [e.most(e.least(of["head"] + i, columns[1]), columns[0]) for i in (e.number(0), of["inside"])]
 
         def plane(i: Value, acc: list[Value]) -> Sequence[Value]:
@@ -266,6 +280,8 @@ class _Taps:
                             for o in range(shape.outputs):
                                 self.ask_for(given, of["y_channel"] * o + (row + r) * of["y_row"], number, 1)
                     result = list(acc)
+                    for o, total in enumerate(acc[taps:]):
+                        result[taps + o] = e.add(total, reduce(e.add, [loaded[o, r] for r in range(count)]))
                     meets: dict[int, list[tuple[int, int]]] = {}
                     for r in range(count):
                         for k in range(shape.high):
@@ -300,7 +316,7 @@ class _Taps:
                 lambda i, acc: column(e.select(i < before, columns[0] + i, inside[1] - before + i), True, acc),
             )
 
-        return e.loop(planes[1], [e.zero] * shape.sums, plane)
+        return e.loop(planes[1], [e.zero] * (taps + bias * shape.outputs), plane)
 
     def ask_for(self, start: Value, offset: Value, column: Value, step: int) -> None:
         """The lines of the cache that a column AHEAD of this one reads of a row."""
@@ -411,32 +427,42 @@ class _Taps:
 
 # -- the chunks, added -----------------------------------------------------------------------------------------------
 
-TOTAL_ARGUMENTS = ("sums", "w", "places")
-TOTAL_SIZES = ("chunks", "chunk", "unit", "weights")  # weights of a group
+TOTAL_ARGUMENTS = ("sums", "w", "bias", "places")
+TOTAL_SIZES = ("chunks", "chunk", "unit", "weights", "outputs")  # of a group
 
 
 @lru_cache(64)
 def total(shape: Shape) -> str:
-    """The kernel that adds the chunks and writes the weight, contiguous; `places` are those of a group's sums."""
+    """The kernel that adds the chunks and writes weight and bias, contiguous; `places` are those of a group's sums."""
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(TOTAL_ARGUMENTS), *("i64",) * len(TOTAL_SIZES))
     of = dict(zip((*TOTAL_ARGUMENTS, *TOTAL_SIZES), given, strict=True))
 
     def task(i: Value, _: list[Value]) -> Sequence[Value]:
         group = e.begin + i
-        sums, w = e.at(of["sums"], group * of["unit"]), e.at(of["w"], group * of["weights"], shape.stored)
+        sums = e.at(of["sums"], group * of["unit"])
 
-        def vector(v: Value, _: list[Value]) -> Sequence[Value]:
-            places = e.load_places(of["places"], v * shape.lanes)
+        def write(to: Value, count: Value, before: Value) -> Value:
+            """`count` numbers of each group, whose places are in the table behind so many vectors; returns how many."""
+            to = e.at(to, group * count, shape.stored)
 
-            def chunk(k: Value, acc: list[Value]) -> Sequence[Value]:
-                return [e.add(acc[0], e.gather(e.at(sums, (k + 1) * of["chunk"]), places, None))]
+            def vector(v: Value, _: list[Value]) -> Sequence[Value]:
+                places = e.load_places(of["places"], (before + v) * shape.lanes)
 
-            (value,) = e.loop(of["chunks"] - 1, [e.gather(sums, places, None)], chunk)
-            e.store(value, w, v * shape.lanes, e.tail(of["weights"] - v * shape.lanes), shape.stored)
-            return []
+                def chunk(k: Value, acc: list[Value]) -> Sequence[Value]:
+                    return [e.add(acc[0], e.gather(e.at(sums, (k + 1) * of["chunk"]), places, None))]
 
-        e.loop((of["weights"] + (shape.lanes - 1)) // shape.lanes, [], vector)
+                (value,) = e.loop(of["chunks"] - 1, [e.gather(sums, places, None)], chunk)
+                e.store(value, to, v * shape.lanes, e.tail(count - v * shape.lanes), shape.stored)
+                return []
+
+            vectors = (count + (shape.lanes - 1)) // shape.lanes
+            e.loop(vectors, [], vector)
+            return vectors
+
+        vectors = write(of["w"], of["weights"], e.number(0))
+        if shape.bias:
+            write(of["bias"], of["outputs"], vectors)
         return []
 
     e.loop(e.end - e.begin, [], task)

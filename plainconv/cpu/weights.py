@@ -8,7 +8,7 @@ by side.  Both stay in the cache.
 
     share        some units (a group, some input channels, a tile of output channels) and a chunk of all blocks
       block      some images, a depth, some rows or a part of one: the strip is gathered
-        unit     the output's gradient is gathered
+        unit     the output's gradient is gathered, and for the gradient of a bias summed
           tile   `scalars` (input channel, tap) x `vectors` of output channels, in registers
             n, f load vectors; broadcast scalars; acc[i][v] += scalar[i] * vector[v]
                  added to the sums of the chunk, in memory
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.gather import Gather
@@ -37,7 +37,7 @@ SIZES = (
     "units",
     "channel_blocks",
     "tiles",  # of output channels
-    "unit",  # sums of one unit
+    "unit",  # sums of one unit; the last ones are the bias', if there is one
     "chunk",  # sums of a chunk
     "blocks",
     "image_blocks",
@@ -89,6 +89,7 @@ class Shape:
     source    how the strip is gathered, and stride: see `Gather`
     turns     what lies side by side in the output's gradient: "rows" of places, "pixels" of channels, or nothing: "any"
     scalars   x vectors: the tile
+    bias      whether the output's gradient itself is summed, too
     """
 
     element: str
@@ -100,6 +101,7 @@ class Shape:
     turns: str
     scalars: int
     vectors: int
+    bias: bool
 
     @property
     def width(self) -> int:
@@ -184,22 +186,23 @@ class _Weights:
                 long = e.select(merged, rows * cols, cols)
                 turn = self.pixels if shape.turns == "pixels" else self.rows
 
-                def image(n: Value, _: list[Value]) -> Sequence[Value]:
+                def image(n: Value, acc: list[Value]) -> Sequence[Value]:
                     from_, to = e.at(y, n * of["y_image"], shape.stored), e.at(turned, n * of["block"])
 
-                    def each_row(r: Value, _: list[Value]) -> Sequence[Value]:
-                        turn(e.at(from_, r * of["y_row"], shape.stored), e.at(to, r * long * shape.width), long, left)
-                        return []
+                    def each_row(r: Value, acc: list[Value]) -> Sequence[Value]:
+                        row, place = e.at(from_, r * of["y_row"], shape.stored), e.at(to, r * long * shape.width)
+                        return turn(row, place, long, left, acc)
 
-                    e.loop(e.select(merged, e.number(1), rows), [], each_row)
-                    return []
+                    return e.loop(e.select(merged, e.number(1), rows), acc, each_row)
 
-                e.loop(some, [], image)
-                into = e.at(sums, (which * of["tiles"] + tile) * of["unit"])
+                bias = e.loop(some, [e.zero] * (shape.vectors * shape.bias), image)
+                into, first = e.at(sums, (which * of["tiles"] + tile) * of["unit"]), e.compare("eq", i, 0)
+                if shape.bias:
+                    self.add(bias, e.at(into, of["unit"] - shape.width), first)
 
                 def each_tile(k: Value, _: list[Value]) -> Sequence[Value]:
                     total = self.sums(scratch, turned, e.at(factors, k * shape.scalars, "i64"), some, rows * cols)
-                    self.add(total, e.at(into, k * (shape.scalars * shape.width)), e.compare("eq", i, 0))
+                    self.add(total, e.at(into, k * (shape.scalars * shape.width)), first)
                     return []
 
                 e.loop(products, [], each_tile)
@@ -220,13 +223,16 @@ class _Weights:
 
     # -- the output's gradient, turned -------------------------------------------------------------------------------
 
-    def rows(self, y: Value, to: Value, length: Value, left: Value) -> None:
-        """A row of places, in squares that are transposed in registers; `left` output channels exist from here on."""
+    def rows(self, y: Value, to: Value, length: Value, left: Value, acc: list[Value]) -> list[Value]:
+        """A row of places, in squares that are transposed in registers; `left` output channels exist from here on.
+
+        For a bias, `acc` are the sums so far, a vector for each of the tile's, and returned are those with the row's.
+        """
         e, of, shape = self.e, self.given, self.shape
         carrier = "i16" if SCALARS[shape.stored] == 2 else shape.stored  # few processors know vectors of half types
 
-        def square(i: Value, _: list[Value]) -> Sequence[Value]:
-            first = i * shape.lanes
+        def square(i: Value, acc: list[Value]) -> Sequence[Value]:
+            first, result = i * shape.lanes, list(acc)
             for v in range(shape.vectors):
                 loaded = []
                 for lane in range(v * shape.lanes, (v + 1) * shape.lanes):
@@ -237,25 +243,28 @@ class _Weights:
                     else:
                         places = e.places(first * of["y_col"], of["y_col"])
                         loaded.append(e.widen(e.gather(channel, places, mask, carrier), shape.stored))
+                turned = e.transpose(loaded)
                 # Places behind the end are overwritten by the next row, or lie in room to spare.
-                for place, value in enumerate(e.transpose(loaded)):
+                for place, value in enumerate(turned):
                     e.store(value, to, (first + place) * shape.width + v * shape.lanes)
-            return []
+                if shape.bias:
+                    result[v] = e.add(result[v], reduce(e.add, turned))
+            return result
 
-        e.loop((length + (shape.lanes - 1)) // shape.lanes, [], square)
+        return e.loop((length + (shape.lanes - 1)) // shape.lanes, acc, square)
 
-    def pixels(self, y: Value, to: Value, length: Value, left: Value) -> None:
+    def pixels(self, y: Value, to: Value, length: Value, left: Value, acc: list[Value]) -> list[Value]:
         """The same where channels lie side by side already."""
         e, of, shape = self.e, self.given, self.shape
         masks = [e.tail(left - v * shape.lanes) for v in range(shape.vectors)]
 
-        def pixel(i: Value, _: list[Value]) -> Sequence[Value]:
-            for v, mask in enumerate(masks):
-                value = e.load(y, i * of["y_col"] + v * shape.lanes, mask, shape.stored)
+        def pixel(i: Value, acc: list[Value]) -> Sequence[Value]:
+            values = [e.load(y, i * of["y_col"] + v * shape.lanes, mask, shape.stored) for v, mask in enumerate(masks)]
+            for v, value in enumerate(values):
                 e.store(value, to, i * shape.width + v * shape.lanes)
-            return []
+            return [e.add(total, value) for total, value in zip(acc, values, strict=True)] if shape.bias else []
 
-        e.loop(length, [], pixel)
+        return e.loop(length, acc, pixel)
 
     # -- the product -------------------------------------------------------------------------------------------------
 
@@ -298,7 +307,7 @@ class _Weights:
 
 # -- the chunks, added -----------------------------------------------------------------------------------------------
 
-TOTAL_POINTERS = ("sums", "w")
+TOTAL_POINTERS = ("sums", "w", "bias")
 TOTAL_SIZES = (
     "chunks",
     "chunk",
@@ -319,11 +328,20 @@ TOTAL_SIZES = (
 
 @lru_cache(64)
 def total(shape: Shape) -> str:
-    """The kernel that adds the chunks and writes the weight, contiguous or channels_last; tasks are units."""
+    """The kernel that adds the chunks and writes weight, contiguous or channels_last, and bias; tasks are units."""
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(TOTAL_POINTERS), *("i64",) * len(TOTAL_SIZES))
     of = dict(zip((*TOTAL_POINTERS, *TOTAL_SIZES), given, strict=True))
     lanes = shape.lanes
+
+    def added(sums: Value, places: list[Value]) -> list[Value]:
+        """The sums of all chunks, in these places."""
+
+        def chunk(k: Value, acc: list[Value]) -> Sequence[Value]:
+            behind = e.at(sums, (k + 1) * of["chunk"])
+            return [e.add(total, e.load(behind, place)) for total, place in zip(acc, places, strict=True)]
+
+        return e.loop(of["chunks"] - 1, [e.load(sums, place) for place in places], chunk)
 
     def task(i: Value, _: list[Value]) -> Sequence[Value]:
         number = e.begin + i
@@ -341,13 +359,7 @@ def total(shape: Shape) -> str:
 
                 def part(p: Value, _: list[Value]) -> Sequence[Value]:
                     at = [(u * count + e.least(first + r, count - 1)) * shape.width + p * lanes for r in range(lanes)]
-
-                    def chunk(k: Value, acc: list[Value]) -> Sequence[Value]:
-                        behind = e.at(sums, (k + 1) * of["chunk"])
-                        return [e.add(total, e.load(behind, a)) for total, a in zip(acc, at, strict=True)]
-
-                    rows = e.loop(of["chunks"] - 1, [e.load(sums, a) for a in at], chunk)
-                    for lane, value in enumerate(e.transpose(rows)):
+                    for lane, value in enumerate(e.transpose(added(sums, at))):
                         place = p * lanes + lane
                         here = e.select(output + place < of["group_out"], count - first, e.number(0))
                         to = place * of["w_output"] + u * of["w_u"] + first
@@ -361,6 +373,15 @@ def total(shape: Shape) -> str:
             return []
 
         e.loop(of["u_count"], [], each_u)
+
+        def put_bias() -> None:
+            places = [of["unit"] - shape.width + p * lanes for p in range(shape.vectors)]
+            to = e.at(of["bias"], group * of["group_out"] + output, shape.stored)
+            for p, value in enumerate(added(sums, places)):
+                e.store(value, to, p * lanes, e.tail(of["group_out"] - output - p * lanes), shape.stored)
+
+        if shape.bias:
+            e.when(e.compare("eq", block, 0), put_bias)
         return []
 
     e.loop(e.end - e.begin, [], task)

@@ -25,11 +25,15 @@ DTYPES = FLOATS + COMPLEX + INTEGERS
 
 
 class Tensors(NamedTuple):
-    """What goes into the result: the two given tensors in the direction's order, and what is added to their product."""
+    """What goes into the result: the two given tensors in the direction's order, and what is added to their product.
+
+    The bias has one value for each channel of the result. A weight has none: GRAD_WEIGHT makes the gradient of the bias
+    of y instead, beside the weight's, and writes it here.
+    """
 
     first: Tensor
     second: Tensor
-    bias: Tensor | None = None  # [channels of the result]
+    bias: Tensor | None = None  # [channels of x or y]
     residual: Tensor | None = None  # of the result's shape and memory format
 
 
@@ -56,7 +60,7 @@ class Algorithm:
               element where products are summed as they are (then small integers are exact), else the largest
     run       fills `out` from the tensors, with `workspace` (uint8, at least cost(request).workspace bytes) as scratch
     version   raised when the code changes, so that old measurements are ignored
-    fuses     whether run adds the residual and applies the activation; else they are left to `finish`
+    fuses     whether run adds the residual, applies the activation and makes the gradient of a bias; else `finish` does
     bind      optional: run for a request and for tensors of the strides of those given, whose values are not looked at;
               what run would look up in every call is looked up once
     """
@@ -106,8 +110,18 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def sum_for_bias(y: Tensor, bias: Tensor) -> None:
+    """Fill the gradient of a bias with the sum of y's over images and places."""
+    dims = [0, *range(2, y.dim())]
+    if y.is_complex():  # torch sums no complex32
+        y, bias = torch.view_as_real(y), torch.view_as_real(bias)
+    torch.sum(y, dims, dtype=y.dtype, out=bias)
+
+
 def finish(request: Request, tensors: Tensors, out: Tensor) -> None:
-    """Add the residual to what an algorithm that does not fuse has made, and apply the activation."""
+    """What an algorithm that does not fuse leaves: the gradient of a bias, the residual, the activation."""
+    if tensors.bias is not None and request.makes_bias:
+        sum_for_bias(tensors.second, tensors.bias)
     if tensors.residual is not None:
         out += tensors.residual
     if request.activation is not None:
@@ -115,11 +129,12 @@ def finish(request: Request, tensors: Tensors, out: Tensor) -> None:
 
 
 def finish_seconds(request: Request) -> float:
-    """Estimated time of `finish`."""
+    """Estimated time of `finish`; 0 where it has nothing to do."""
     passes = 3 * request.has_residual + 2 * (request.activation is not None)
-    operations = request.has_residual + (request.activation is not None)
-    moved = passes * math.prod(request.problem.shape_of(request.direction.makes)) * request.dtype.itemsize
-    return operations * machine(request).call + moved / machine(request).bytes
+    operations = request.has_residual + (request.activation is not None) + request.makes_bias
+    moved = passes * math.prod(request.problem.shape_of(request.direction.makes))
+    moved += request.makes_bias * math.prod(request.problem.output_shape)
+    return operations * machine(request).call + moved * request.dtype.itemsize / machine(request).bytes
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------

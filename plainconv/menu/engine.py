@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plainconv.border import runs
 from plainconv.cpu import compile as cpu
-from plainconv.menu.base import Tensors, compute_dtype
+from plainconv.menu.base import Tensors, compute_dtype, sum_for_bias
 from plainconv.problem import ConvProblem, Pair, Request
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
@@ -45,9 +45,11 @@ def movers(size: int, threads: int) -> int:
     return threads if size > SMALL else 1
 
 
-def zeros(_: Tensors, out: Tensor, workspace: Tensor) -> None:
-    """The call of a request without products."""
+def zeros(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+    """The call that fills the gradient for a weight that met no products, and a bias' beside it."""
     out.zero_()
+    if tensors.bias is not None:
+        sum_for_bias(tensors.second, tensors.bias)
 
 
 def why_not(request: Request) -> str | None:

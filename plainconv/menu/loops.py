@@ -65,7 +65,7 @@ def _element(run: Run, i: int) -> int:
 def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
     problem, direction = request.problem, request.direction
     numbers = {role: _numbers(tensor) for role, tensor in zip(direction.given, tensors[:2], strict=True)}
-    sums = _start(out, tensors.bias)
+    sums = _start(out, None if request.makes_bias else tensors.bias)
     numbers[direction.makes] = sums
     x, w, y = numbers["x"], numbers["w"], numbers["y"]
     x.append(0)  # what the padding shows, at index -1, and where GRAD_INPUT drops what falls into it

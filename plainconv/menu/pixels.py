@@ -41,10 +41,10 @@ def _lanes(request: Request, target: cpu.Target) -> int:
     return min(target.bits // 8 // size, max(16 // size, 1 << (request.problem.in_channels - 1).bit_length()))
 
 
-def _tile(sides: tuple[Side, Side, Side], registers: int) -> tuple[int, int]:
+def _tile(request: Request, sides: tuple[Side, Side, Side], registers: int) -> tuple[int, int]:
     """The most taps of the rows and of the width that fit the registers; both divide the kernel."""
     _, high, width = sides
-    room = min(registers - PLACES - 3, SUMS)
+    room = min(registers - PLACES - 3 - request.has_bias, SUMS)
     wide = max(taps for taps in range(1, width.kernel + 1) if width.kernel % taps == 0 and taps <= room)
     return max(taps for taps in range(1, high.kernel + 1) if high.kernel % taps == 0 and taps * wide <= room), wide
 
@@ -54,7 +54,7 @@ def _counts(request: Request) -> tuple[int, int, int, int]:
     problem, width = request.problem, _lanes(request, cpu.Target.host())
     depth, high, _ = folded(problem, False)
     vectors, rows = -(-problem.in_channels // width), problem.batch * depth.out * high.out
-    return vectors, rows, max(1, min(request.threads, rows)), vectors * problem.taps * width
+    return vectors, rows, max(1, min(request.threads, rows)), vectors * (problem.taps + request.has_bias) * width
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
     vectors, rows, chunks, chunk = _counts(request)
     x_depth, x_row, x_col = (0,) * (3 - problem.dims) + x_strides[2:]
     y_depth, y_row, y_col = (0,) * (3 - problem.dims) + y_strides[2:]
-    lanes_, (tall, wide) = _lanes(request, target), _tile(sides, target.registers)
+    lanes_, (tall, wide) = _lanes(request, target), _tile(request, sides, target.registers)
     element, stored = "double" if request.dtype is torch.float64 else "float", STORED[request.dtype]
     native = natives(target) - {"pairs"}
     alone = problem.in_channels == 1  # then its stride means nothing
@@ -94,6 +94,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         high=tall,
         wide=wide,
         places=PLACES,
+        bias=request.has_bias,
     )
     head = min(max(-(-width.padding[0] // width.stride), 0), width.out)
     reach = (width.kernel - 1) * width.dilation + 1
@@ -124,7 +125,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
     total_sizes = {
         "chunks": chunks,
         "chunk": chunk,
-        "unit": problem.taps * lanes_,
+        "unit": (problem.taps + request.has_bias) * lanes_,
         "channel_blocks": 1,
         "tiles": vectors,
         "group_in": 1,
@@ -142,7 +143,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         torch.tensor([*(table.data_ptr() for table in tables), *(sizes[name] for name in pixels.SIZES)]),
         tables,
         chunks,
-        cpu.compile(weights.total(weights.Shape(element, stored, native, lanes_, "", 1, "", 1, 1)), target),
+        cpu.compile(weights.total(weights.Shape(element, stored, native, lanes_, "", 1, "", 1, 1, shape.bias)), target),
         tuple(total_sizes[name] for name in weights.TOTAL_SIZES),
         vectors,
     )
@@ -172,7 +173,7 @@ def cost(request: Request) -> Cost:
     problem, target = request.problem, cpu.Target.host()
     sides = folded(problem, False)
     vectors, rows, chunks, chunk = _counts(request)
-    tall, wide = _tile(sides, target.registers)
+    tall, wide = _tile(request, sides, target.registers)
     size = 8 if request.dtype is torch.float64 else 4
     tiles = problem.taps // (tall * wide)
     tile = sides[2].out * (max(tall * wide, 4) * PRODUCT + PLACE) + TILE + ADD * tall * wide
@@ -184,16 +185,16 @@ def cost(request: Request) -> Cost:
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a weight's gradient, for tensors that lie in memory as these."""
+    """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled = ready.settled.data_ptr()
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        x, y, *_ = tensors
-        sums = workspace.data_ptr()
+        x, y, bias, _ = tensors
+        sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
         launch(ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, threads)
-        launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, threads)
+        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, threads)
 
     return call

@@ -24,7 +24,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     dtype = compute_dtype(request.dtype)
     first, second, bias, _ = tensors
     result = _DIRECTIONS[request.direction](request.problem, first.to(dtype), second.to(dtype))
-    if bias is not None:
+    if bias is not None and not request.makes_bias:
         result += bias.view(-1, *(1,) * request.problem.dims)
     out.copy_(result)
 

@@ -210,12 +210,12 @@ def _sizes(request: Request, one: Way, sides: tuple[Side, Side, Side]) -> Sizes:
         -(-high.kernel // one.high),
         -(-width.kernel // one.wide),
     )
-    padded = -(-one.outputs * one.high * one.wide // one.lanes) * one.lanes
+    sums = padded(one.outputs * (one.high * one.wide + request.has_bias), one.lanes)
     row_blocks = -(-high.out // one.block_rows)
     columns = -(-width.out // one.lanes)
     column_blocks = -(-columns // one.block_columns)
     items = -(-problem.batch * depth.out // one.block_planes) * row_blocks * column_blocks
-    unit = math.prod(counts) * problem.group_in * depth.kernel * padded
+    unit = math.prod(counts) * problem.group_in * depth.kernel * sums
     return Sizes(*counts, unit, items, row_blocks, column_blocks)
 
 
@@ -289,6 +289,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         high=one.high,
         wide=one.wide,
         rows=one.rows,
+        bias=request.has_bias,
     )
     columns, head, inside = _columns(width, one.lanes, one.wide)
     tables = _tables(request, sides, shape, (x_depth, x_row))
@@ -334,7 +335,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         tables,
         one.parts * one.chunks,
         cpu.compile(taps.total(shape), target),
-        (tables[-1].data_ptr(), one.chunks, sizes["chunk"], counts.unit, weights),
+        (tables[-1].data_ptr(), one.chunks, sizes["chunk"], counts.unit, weights, problem.group_out),
         problem.groups,
     )
     weigh(ready, sum(table.nbytes for table in tables))
@@ -366,7 +367,7 @@ def _tables(
 
 
 def _places(problem: ConvProblem, sides: tuple[Side, Side, Side], shape: taps.Shape) -> Tensor:
-    """Where the sum of each weight of a group is among the group's sums, made up to whole vectors."""
+    """Where the sum of each weight of a group, then of each bias, is among the group's; made up to whole vectors."""
 
     def tiled(count: int, tile: int) -> tuple[Tensor, Tensor]:
         """For each of so many: the number of its tile, and its place there; the last tile may overlap."""
@@ -391,8 +392,10 @@ def _places(problem: ConvProblem, sides: tuple[Side, Side, Side], shape: taps.Sh
     tile = along(0, to * problem.group_in) + along(1, c)
     tile = ((tile * depth.kernel + along(2, kd)) * tiles[0] + along(3, ty)) * tiles[1] + along(4, tx)
     within = (along(0, o * shape.high) + along(3, ky)) * shape.wide + along(4, kx)
-    places = (tile * shape.padded + within).flatten()
-    return torch.cat([places, places.new_zeros(-len(places) % shape.lanes)])
+    kinds = [(tile * shape.padded + within).flatten()]
+    if shape.bias:  # all tiles of an output have it: the first one's will do
+        kinds.append(tile[:, 0, 0, 0, 0] * shape.padded + shape.sums - shape.outputs + o)
+    return torch.cat([torch.nn.functional.pad(places, (0, -len(places) % shape.lanes)) for places in kinds])
 
 
 def cost(request: Request) -> Cost:
@@ -406,16 +409,16 @@ def cost(request: Request) -> Cost:
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a weight's gradient, for tensors that lie in memory as these."""
+    """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled = ready.settled.data_ptr()
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        x, y, *_ = tensors
-        sums = workspace.data_ptr()
+        x, y, bias, _ = tensors
+        sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
         launch(ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, threads)
-        launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.groups, threads)
+        launch(ready.total, (sums, *made, *ready.total_sizes), ready.groups, threads)
 
     return call

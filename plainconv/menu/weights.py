@@ -176,7 +176,7 @@ def _room(request: Request, way: Way, source: str) -> Room:
     entries = turned + (way.images * way.rows * way.cols + way.lanes) * way.width
     copies = slots * (length if pixels else -(-length // way.lanes))
     share = entries + padded(8 * copies * gather.MOST_FIELDS, ALIGNMENT) // size
-    unit = padded(way.channels * problem.taps, way.tile.scalars) * way.width
+    unit = (padded(way.channels * problem.taps, way.tile.scalars) + request.has_bias) * way.width
     units = problem.groups * -(-problem.group_in // max(way.channels, 1)) * -(-problem.group_out // way.width)
     pitch, place = (by_pixel, by_pixel) if pixels else (by_row, 1)
     return Room(pitch, place, strip, turned, entries, padded(share, line), unit, units * unit)
@@ -260,6 +260,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         turns="rows" if y.col == 1 else "pixels" if y_channel == 1 else "any",
         scalars=one.tile.scalars,
         vectors=one.tile.vectors,
+        bias=request.has_bias,
     )
     room = _room(request, one, source)
     channel_blocks, tiles = -(-problem.group_in // one.channels), -(-problem.group_out // one.width)
@@ -386,17 +387,17 @@ def cost(request: Request) -> Cost:
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a weight's gradient, for tensors that lie in memory as these."""
+    """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
     settled, adders = ready.settled.data_ptr(), engine.movers(ready.sums_bytes, threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        x, y, *_ = tensors
-        sums = workspace.data_ptr()
+        x, y, bias, _ = tensors
+        sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
         pointers = (x.data_ptr(), y.data_ptr(), sums, sums + ready.sums_bytes, settled)
         launch(ready.kernel, pointers, ready.shares, threads)
-        launch(ready.total, (sums, out.data_ptr(), *ready.total_sizes), ready.total_tasks, adders)
+        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, adders)
 
     return call

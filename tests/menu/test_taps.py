@@ -90,7 +90,8 @@ def test_every_way_through_the_kernel(bits, dtype, text, as_if):
     asked = asked_for(text, dtype, threads=1)
     for algorithm in algorithms_for(text):
         check(algorithm, asked, integers)
-        check(algorithm, dataclasses.replace(asked, threads=2), reals)
+        check(algorithm, dataclasses.replace(asked, threads=2, has_bias=True), reals)
+        check(algorithm, dataclasses.replace(asked, threads=3, has_bias=True), integers)
 
 
 @every_width
@@ -100,7 +101,7 @@ def test_every_way_through_the_kernel(bits, dtype, text, as_if):
 def test_narrower_registers(bits, text, as_if):
     as_if(bits)
     for dtype in DTYPES:
-        check(narrow.ALGORITHM, asked_for(text, dtype), integers)
+        check(narrow.ALGORITHM, asked_for(text, dtype, has_bias=True), integers)
 
 
 ODD = {
@@ -127,10 +128,10 @@ ODD = {
     ],
 )
 def test_memory_of_any_strides(text, layout, dtype):
-    asked = asked_for(text, dtype)
+    asked = asked_for(text, dtype, has_bias=True)
     check(narrow.ALGORITHM, asked, integers, layout)
-    first, second, *_ = given(asked, integers)
-    for mixed in ((layout(first), second), (first, layout(second))):
+    first, second, bias, _ = given(asked, integers)
+    for mixed in ((layout(first), second, bias), (first, layout(second), bias)):
         out = torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype)
         workspace = torch.empty(narrow.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
         narrow.ALGORITHM.run(asked, Tensors(*mixed), out, workspace)
@@ -143,17 +144,17 @@ def test_memory_of_any_strides(text, layout, dtype):
 def test_nothing_outside_is_touched(bits, text, dtype, as_if, monkeypatch):
     """Every tensor, every table and the workspace, right before and right behind memory that faults."""
     as_if(bits)
-    asked, algorithm, tables = asked_for(text, dtype, threads=2), narrow.ALGORITHM, taps._tables
+    asked, algorithm, tables = asked_for(text, dtype, threads=2, has_bias=True), narrow.ALGORITHM, taps._tables
     for at_end in (True, False):
         monkeypatch.setattr(
             taps, "_tables", lambda *how, at_end=at_end: tuple(guarded(table, at_end=at_end) for table in tables(*how))
         )
         taps.prepare.cache_clear()
-        first, second, *_ = (t if t is None else guarded(t, at_end=at_end) for t in given(asked, reals))
+        first, second, bias, _ = (t if t is None else guarded(t, at_end=at_end) for t in given(asked, reals))
         out = guarded(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end=at_end)
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
-        algorithm.run(asked, Tensors(first, second), out, workspace)
-        compare(algorithm, asked, out, first, second, to_the_bit=False)
+        algorithm.run(asked, Tensors(first, second, bias), out, workspace)
+        compare(algorithm, asked, out, first, second, bias, to_the_bit=False)
 
 
 @every_width
@@ -181,21 +182,27 @@ def test_the_same_call_gives_the_same_bits(text):
     """Whatever the workspace held before; for every number of threads."""
     first, second, *_ = given(asked_for(text), reals)
     for threads in (1, 2, 3, 7):
-        asked, results = asked_for(text, threads=threads), []
+        asked, results, biases = asked_for(text, threads=threads, has_bias=True), [], []
         for byte in (0xFF, 0x11, 0x77):
             workspace = torch.full((narrow.ALGORITHM.cost(asked).workspace,), byte, dtype=torch.uint8)
             results.append(torch.empty(asked.problem.weight_shape))
-            narrow.ALGORITHM.run(asked, Tensors(first, second), results[-1], workspace)
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
+            biases.append(torch.empty(asked.bias_shape))
+            narrow.ALGORITHM.run(asked, Tensors(first, second, biases[-1]), results[-1], workspace)
+        alone, out = dataclasses.replace(asked, has_bias=False), torch.empty(asked.problem.weight_shape)
+        workspace = torch.empty(narrow.ALGORITHM.cost(alone).workspace, dtype=torch.uint8)
+        narrow.ALGORITHM.run(alone, Tensors(first, second), out, workspace)
+        assert all(torch.equal(result, out) for result in results), "with the bias beside it, or without"
+        assert all(torch.equal(bias, biases[0]) for bias in biases)
 
 
 def test_a_long_sum_loses_little():
-    asked = asked_for("n1 c1 o1 x1000x1000 k1x1", threads=1)
-    first, second, out = torch.full((1, 1, 1000, 1000), 0.1), torch.ones(1, 1, 1000, 1000), torch.empty(1, 1, 1, 1)
+    asked = asked_for("n1 c1 o1 x1000x1000 k1x1", threads=1, has_bias=True)
+    first, second = torch.ones(1, 1, 1000, 1000), torch.full((1, 1, 1000, 1000), 0.1)
+    out, bias = torch.empty(1, 1, 1, 1), torch.empty(1)
     workspace = torch.empty(narrow.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
-    narrow.ALGORITHM.run(asked, Tensors(first, second), out, workspace)
-    assert abs(out.item() / first.double().sum().item() - 1) < 3e-5
+    narrow.ALGORITHM.run(asked, Tensors(first, second, bias), out, workspace)
+    for made in (out, bias):
+        assert abs(made.item() / second.double().sum().item() - 1) < 3e-5
 
 
 # -- channels_last ---------------------------------------------------------------------------------------------------
@@ -216,19 +223,22 @@ def in_channels_last(tensor):
 @pytest.mark.parametrize("text", INSIDE.values(), ids=INSIDE)
 def test_lanes_are_channels(bits, dtype, text, as_if):
     as_if(bits)
-    asked = asked_for(text, dtype, channels_last=True, threads=2)
-    check(depthwise.ALGORITHM, asked, integers, in_channels_last)
+    alone = asked_for(text, dtype, channels_last=True, threads=2)
+    asked = dataclasses.replace(alone, has_bias=True)
+    check(depthwise.ALGORITHM, alone, integers, in_channels_last)
     check(depthwise.ALGORITHM, asked, reals, in_channels_last)
     check(depthwise.ALGORITHM, asked, integers, spread)
     first, second, *_ = given(asked, integers)
     for mixed in ((in_channels_last(first), second), (first, in_channels_last(second))):
-        results = []
+        results, biases = [], []
         for byte in (0xFF, 0x11):
             results.append(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype))
+            biases.append(torch.full(asked.bias_shape, torch.nan, dtype=dtype))
             workspace = torch.full((depthwise.ALGORITHM.cost(asked).workspace,), byte, dtype=torch.uint8)
-            depthwise.ALGORITHM.run(asked, Tensors(*mixed), results[-1], workspace)
-        compare(depthwise.ALGORITHM, asked, results[0], *mixed, to_the_bit=True)
+            depthwise.ALGORITHM.run(asked, Tensors(*mixed, biases[-1]), results[-1], workspace)
+        compare(depthwise.ALGORITHM, asked, results[0], *mixed, biases[0], to_the_bit=True)
         assert torch.equal(*results)
+        assert torch.equal(*biases)
 
 
 @every_width_in_time
@@ -236,7 +246,7 @@ def test_lanes_are_channels(bits, dtype, text, as_if):
 @pytest.mark.parametrize("text", INSIDE.values(), ids=INSIDE)
 def test_nothing_outside_is_touched_in_channels_last(bits, text, dtype, as_if, monkeypatch):
     as_if(bits)
-    asked, algorithm = asked_for(text, dtype, threads=2, channels_last=True), depthwise.ALGORITHM
+    asked, algorithm = asked_for(text, dtype, threads=2, channels_last=True, has_bias=True), depthwise.ALGORITHM
     tables = pixels._tables
     for at_end in (True, False):
         monkeypatch.setattr(
@@ -244,10 +254,13 @@ def test_nothing_outside_is_touched_in_channels_last(bits, text, dtype, as_if, m
         )
         pixels.prepare.cache_clear()
         first, second = (guarded(t.movedim(1, -1), at_end=at_end).movedim(-1, 1) for t in given(asked, reals)[:2])
-        out = guarded(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end=at_end)
+        bias, out = (
+            guarded(torch.full(shape, torch.nan, dtype=dtype), at_end=at_end)
+            for shape in (asked.bias_shape, asked.problem.weight_shape)
+        )
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
-        algorithm.run(asked, Tensors(first, second), out, workspace)
-        compare(algorithm, asked, out, first, second, to_the_bit=False)
+        algorithm.run(asked, Tensors(first, second, bias), out, workspace)
+        compare(algorithm, asked, out, first, second, bias, to_the_bit=False)
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ NO_SPILLS = [
 @pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 128])
 def test_no_sum_is_spilled(bits, text, as_if):
     as_if(bits)
-    assembly = cpu.assembly(kernels_of(text)[0])
+    assembly = cpu.assembly(kernels_of(text, has_bias=True)[0])
     blocks = re.split(r"\n(?=\.L\w+:)", assembly)
     inside = max(blocks, key=lambda block: block.count("vfmadd"))  # the first of them: edges come later
     stores = re.findall(r"\tv?mov\w+\t%[xyz]mm\d+, \S*\(%r[sb]p\).*", inside)
@@ -301,12 +314,15 @@ def test_no_sum_is_spilled(bits, text, as_if):
     "text", ["n1 c32 o32 x9x30 k3x3 p1 g32", "n1 c32 o32 x9x30 k3x3 s2 g32", "n1 c32 o32 x9x30 k5x5 g32"]
 )
 @pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 256])
-def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_together(bits, text, as_if, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_together(
+    bits, bias, text, as_if, monkeypatch
+):
     """And no sum is spilled meanwhile."""
     as_if(bits)
     shapes, real = [], pixels.pixels.text
     monkeypatch.setattr(pixels.pixels, "text", lambda shape: shapes.append(shape) or real(shape))
-    asked = asked_for(text, channels_last=True)
+    asked = asked_for(text, channels_last=True, has_bias=bias)
     x, y = (torch.empty(asked.problem.shape_of(role)) for role in ("x", "y"))
     x, y = (t.to(memory_format=torch.channels_last) for t in (x, y))
     pixels.prepare.__wrapped__(asked, x.stride(), y.stride())

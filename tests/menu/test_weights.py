@@ -88,7 +88,8 @@ def test_every_way_through_the_kernel(bits, dtype, channels_last, text, as_if):
     as_if(bits)
     asked = asked_for(text, dtype, channels_last=channels_last, threads=1)
     check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
-    check(algorithm_for(text), dataclasses.replace(asked, threads=2), reals)
+    check(algorithm_for(text), dataclasses.replace(asked, threads=2, has_bias=True), reals)
+    check(algorithm_for(text), dataclasses.replace(asked, threads=3, has_bias=True), integers)
 
 
 @every_width
@@ -97,7 +98,7 @@ def test_every_way_through_the_kernel(bits, dtype, channels_last, text, as_if):
 def test_narrower_registers(bits, channels_last, text, as_if):
     as_if(bits)
     for dtype in DTYPES:
-        check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last), integers)
+        check(algorithm_for(text), asked_for(text, dtype, channels_last=channels_last, has_bias=True), integers)
 
 
 ODD = {
@@ -118,10 +119,10 @@ ODD = {
     "text", ["n2 c6 o20 x9x13 k3x3 p1 s2x1", "n2 c6 o20 x9x13 k1x1", "n3 c6 o9 x5x7 k2x3 mreflect p1"]
 )
 def test_memory_of_any_strides(text, layout, dtype, channels_last):
-    asked, algorithm = asked_for(text, dtype, channels_last=channels_last), algorithm_for(text)
+    asked, algorithm = asked_for(text, dtype, channels_last=channels_last, has_bias=True), algorithm_for(text)
     check(algorithm, asked, integers, layout)
-    first, second, *_ = given(asked, integers)
-    for mixed in ((layout(first), second), (first, layout(second))):
+    first, second, bias, _ = given(asked, integers)
+    for mixed in ((layout(first), second, bias), (first, layout(second), bias)):
         out = torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype)
         out = in_channels_last(out) if channels_last else out
         algorithm.run(asked, Tensors(*mixed), out, torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8))
@@ -135,8 +136,8 @@ def test_memory_of_any_strides(text, layout, dtype, channels_last):
 def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, monkeypatch):
     """Every tensor, every table and the workspace, right before and right behind memory that faults."""
     as_if(bits)
-    asked, algorithm = asked_for(text, dtype, channels_last=channels_last, threads=2), algorithm_for(text)
-    tables = weights._tables
+    asked = asked_for(text, dtype, channels_last=channels_last, threads=2, has_bias=True)
+    algorithm, tables = algorithm_for(text), weights._tables
 
     def place(tensor, at_end):
         if not channels_last or tensor.dim() < 3:
@@ -155,12 +156,12 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
 
         monkeypatch.setattr(weights, "_tables", between_guards)
         weights.prepare.cache_clear()
-        first, second, *_ = (t if t is None else place(t, at_end) for t in given(asked, reals))
+        first, second, bias, _ = (t if t is None else place(t, at_end) for t in given(asked, reals))
         out = place(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end)
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
-        algorithm.run(asked, Tensors(first, second), out, workspace)
+        algorithm.run(asked, Tensors(first, second, bias), out, workspace)
         assert held or not asked.problem.batch, "the tables were not guarded"
-        compare(algorithm, asked, out, first, second, to_the_bit=False)
+        compare(algorithm, asked, out, first, second, bias, to_the_bit=False)
 
 
 # -- bits ------------------------------------------------------------------------------------------------------------
@@ -170,17 +171,21 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
 @pytest.mark.parametrize("text", ["n5 c3 o20 x60x60 k3x3 p1", "n2 c70 o300 x7x7 k3x3 p1", "n9 c8 o8 x200 k5 g2"])
 def test_the_same_call_gives_the_same_bits(text, channels_last):
     """Whatever the workspace held before; for every number of threads, and where chunks or parts are shared."""
-    asked, algorithm = asked_for(text, channels_last=channels_last), algorithm_for(text)
+    asked, algorithm = asked_for(text, channels_last=channels_last, has_bias=True), algorithm_for(text)
     first, second, *_ = given(asked, reals)
     for threads in (1, 2, 3, 7):
         one = dataclasses.replace(asked, threads=threads)
-        results = []
+        results, biases = [], []
         for byte in (0xFF, 0x11, 0x77):
             workspace = torch.full((algorithm.cost(one).workspace,), byte, dtype=torch.uint8)
             results.append(torch.empty(asked.problem.weight_shape))
-            algorithm.run(one, Tensors(first, second), results[-1], workspace)
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
+            biases.append(torch.empty(asked.bias_shape))
+            algorithm.run(one, Tensors(first, second, biases[-1]), results[-1], workspace)
+        alone, out = dataclasses.replace(one, has_bias=False), torch.empty(asked.problem.weight_shape)
+        workspace = torch.empty(algorithm.cost(alone).workspace, dtype=torch.uint8)
+        algorithm.run(alone, Tensors(first, second), out, workspace)
+        assert all(torch.equal(result, out) for result in results), "with the bias beside it, or without"
+        assert all(torch.equal(bias, biases[0]) for bias in biases)
 
 
 def test_threads_share_the_weight_or_the_blocks():
@@ -194,14 +199,14 @@ def test_threads_share_the_weight_or_the_blocks():
 
 def test_a_long_sum_loses_little():
     """A million products: one running sum of float32 would be off by a hundred times this."""
-    asked = asked_for("n4 c1 o16 x500x500 k1x1", threads=1)
-    first, second = torch.full((4, 1, 500, 500), 0.1), torch.ones(4, 16, 500, 500)
-    out = torch.empty(16, 1, 1, 1)
-    pointwise.ALGORITHM.run(
-        asked, Tensors(first, second), out, torch.empty(pointwise.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
-    )
+    asked = asked_for("n4 c1 o16 x500x500 k1x1", threads=1, has_bias=True)
+    first, second = torch.full((4, 1, 500, 500), 0.1), torch.full((4, 16, 500, 500), 0.1)
+    out, bias = torch.empty(16, 1, 1, 1), torch.empty(16)
+    workspace = torch.empty(pointwise.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
+    pointwise.ALGORITHM.run(asked, Tensors(first, second, bias), out, workspace)
     exact = first.double().sum().item()
-    assert abs(out.double() / exact - 1).max() < 3e-5
+    assert abs(out.double() / (exact * second[0, 0, 0, 0].double()) - 1).max() < 3e-5
+    assert abs(bias.double() / exact - 1).max() < 3e-5
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ def test_a_new_size_compiles_nothing(text, channels_last):
 def test_no_sum_is_spilled(bits, text, dtype, channels_last, as_if):
     """In the assembly no vector register goes to the stack where products are summed."""
     as_if(bits)
-    assembly = cpu.assembly(kernels_of(text, dtype=dtype, channels_last=channels_last)[0])
+    assembly = cpu.assembly(kernels_of(text, dtype=dtype, channels_last=channels_last, has_bias=True)[0])
     blocks = re.split(r"\n\.L\w+:", assembly)
     sums = [block for block in blocks if len(re.findall(r"\tv?(?:fmadd|mulp)\w+\t", block)) >= 4]
     assert sums
