@@ -309,7 +309,7 @@ def test_tune(tmp_path, monkeypatch):
         chosen = next(line for line in run("explain", text).stdout.splitlines() if "chosen" in line)
         assert chosen.split()[0] == said.stdout.split(": ")[1].split()[0]
         both = run("tune", "--suite", "seed_picture", "--problem", text, "--dtype", "float64", "--bias").stdout
-        assert both.count("float64 cpu: ") > 1
+        assert both.count("float64 cpu + bias: ") > 1
 
 
 @pytest.mark.parametrize(

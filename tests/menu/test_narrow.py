@@ -290,7 +290,7 @@ def test_the_sums_stay_in_registers(module, text, target):
 
 @both
 def test_what_is_refused_is_said(module):
-    small = ConvProblem.parse("n1 c2 o4 x8x8 k3x3 g2")
+    small = ConvProblem.parse("n1 c2 o6 x8x8 k3x3 g2")
     for direction, dtype, more, words in [
         (Direction.FORWARD, torch.int32, {}, "int32"),
         (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
