@@ -299,7 +299,7 @@ def test_what_is_refused_is_said():
     for text, more, words in [
         ("n1 c2 o2 x8x8 k3x3", {"device": "cuda"}, "another device"),
         ("n1 c2 o2 x8x8 k3x3", {"dtype": torch.bfloat16}, "bfloat16 has none to lose"),
-        ("n1 c2 o2 x8x8 k3x3", {"dtype": torch.int32}, "int32 has none to lose"),
+        ("n1 c2 o2 x8x8 k3x3", {"dtype": torch.int32}, "not int32"),
         ("n1 c2 o2 x8x8 k3x3", {"direction": Direction.GRAD_WEIGHT}, "not those for the weight"),
         ("n1 c2 o2 x8x8 k5x3", {}, "this one is 5x3"),
         ("n1 c2 o2 x8x8 k1x1", {}, "this one is 1x1"),
