@@ -185,7 +185,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         over="places" if is_.places else "outputs",
         source=source,
         stride=width.stride if source == "rows" else 1,
-        one_tap=len(strip.taps) == work.taps == 1 and not apart,
+        one_tap=len(strip.taps) == work.taps == 1 and not apart and depth.step == 1,  # phases may have none
         apart=apart,
         woven=cuts.woven(axes) if is_.places else 0,
         has_bias=request.has_bias,

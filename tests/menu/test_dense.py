@@ -442,3 +442,12 @@ def test_tile_counts_of_the_kernel():
         "float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, 0, False, False, None, 8, 3
     )
     assert kernel.text(shape) is kernel.text(dataclasses.replace(shape))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_depth_that_no_tap_reaches_is_zero(channels_last):
+    """One tap, and a stride of the depth: every second plane of the gradient has no product at all."""
+    asked = asked_for(
+        "n2 c3 o2 x2x1x1 k1x1x1 s2x1x1 p0x0x0:1", direction=Direction.GRAD_INPUT, channels_last=channels_last
+    )
+    check(pointwise.ALGORITHM, asked, integers)
