@@ -185,6 +185,11 @@ def carve(workspace: Tensor, buffers: Sequence[Buffer]) -> list[Tensor]:
 # -- estimates -------------------------------------------------------------------------------------------------------
 
 
+def moved_bytes(request: Request) -> int:
+    """Of the three tensors, each once."""
+    return request.dtype.itemsize * sum(math.prod(request.problem.shape_of(role)) for role in ("x", "w", "y"))
+
+
 class Machine(NamedTuple):
     """Rough speeds that estimates are made of: they rank algorithms, they promise nothing."""
 

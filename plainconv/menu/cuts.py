@@ -19,6 +19,7 @@ import torch
 
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
+from plainconv.menu import engine
 from plainconv.menu.axes import Axes, Axis, Work
 from plainconv.menu.base import ALIGNMENT
 from plainconv.menu.engine import STORED, padded
@@ -54,7 +55,6 @@ FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
 SCATTER = 2.0  # a number of the result that lies apart from its neighbours
 WEAVE = 6.0  # a vector of the result, of which each phase has a part
-HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
 BYTES_PER_SECOND = 25e9  # of memory
 CACHED = 100e9  # of the cache that cores share
 CACHE = 16 << 20
@@ -182,11 +182,8 @@ def kind(work: Work) -> Kind:
 def _lanes(work: Work, target: cpu.Target) -> int:
     """Lanes of the widest register, or of half of it where that leaves many fewer of them idle."""
     is_ = kind(work)
-    lanes = target.bits // 8 // is_.size
     along = math.prod(axis.out for axis in work.axes()) if is_.places else work.group_out
-    while lanes > 16 // is_.size and HALF_REGISTER * padded(along, lanes // 2) < padded(along, lanes):
-        lanes //= 2
-    return lanes
+    return engine.fewer_idle(along, is_.size, target)
 
 
 def _tiles(scalars: int, vectors: int, spare: int, most_scalars: int = MOST_SCALARS) -> Iterator[Tile]:
@@ -238,7 +235,7 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     axes = depth, high, width = work.axes(merge)
     lanes = _lanes(work, target)
     register = lanes * is_.size * 8
-    vector = 1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0)  # cycles
+    vector = engine.vector_cycles(register, target)  # cycles
     spare = target.registers - (2 if target.fma else 3)
     all_phases = phases(axes)
     weight = work.group_out * is_.channels * work.taps * is_.size
@@ -250,7 +247,7 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     listed = reads is Reads.LIST
     for rows, cols, whole in _blocks(axes, lanes):
         strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
-        by_row, by_pixel = pitches(is_, strip, lanes)
+        by_row, by_pixel = pitches(strip, lanes, is_.size, is_.channels)
         if listed:
             # Pixels; groups meet in the same lines of the cache, so those of all groups have to stay there.
             read = _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
@@ -306,7 +303,7 @@ def ways_by_images(work: Work, merge: bool) -> list[tuple[int, Layout]]:
     axes = depth, high, width = work.axes(merge)
     lanes = _lanes(work, target)
     register = lanes * is_.size * 8
-    vector = 1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0)
+    vector = engine.vector_cycles(register, target)
     spare = target.registers - (2 if target.fma else 3)
     _, vectors = _factors(is_, work, 1, lanes)
     # Taps of a place of the result that do not look into the border, on average.
@@ -371,14 +368,14 @@ def phases(axes: Axes) -> list[tuple[int, int]]:
     return [(row, col) for row in rows for col in cols]
 
 
-def pitches(is_: Kind, strip: Strip, lanes: int) -> tuple[int, int]:
+def pitches(strip: Strip, lanes: int, size: int, channels: int) -> tuple[int, int]:
     """Elements from a channel of the strip to the next, and from a place to the next if channels lie side by side.
 
     Both are an odd number of cache lines, so that neighbours do not meet in the same places of a cache; a channel ends
     with a vector to spare.
     """
-    line = ALIGNMENT // is_.size
-    by_row, by_pixel = padded(strip.slots * strip.length + lanes, line), padded(is_.channels, line)
+    line = ALIGNMENT // size
+    by_row, by_pixel = padded(strip.slots * strip.length + lanes, line), padded(channels, line)
     return by_row | line, by_pixel | line
 
 

@@ -21,7 +21,7 @@ from plainconv.cpu import dense, gather, pack
 from plainconv.cpu.launch import launch
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, Axis, Work, elements, inside, work
-from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.cuts import Kind, Layout, Reads, Strip
 from plainconv.menu.engine import STORED, folded, padded
 from plainconv.problem import Request
@@ -42,13 +42,8 @@ class Places(NamedTuple):
 
 def _places_of(work: Work, x_strides: tuple[int, ...]) -> Places:
     sizes, strides = work.spatial, x_strides[2:]
-    step = next((stride for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1), 1)
-    merge, expected = True, step
-    for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
-        merge &= size == 1 or stride == expected
-        expected *= size
     channel = x_strides[1] if work.in_channels > 1 else 1
-    if merge:
+    if (step := engine.step_of(sizes, strides)) is not None:
         _, high, width = work.axes()
         return Places(True, channel, step * width.size * high.size, step * width.size, step)
     depth, row, col = (0,) * (3 - len(strides)) + tuple(strides)
@@ -173,7 +168,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     axes = depth, high, width = work.axes(x.merge)
     source, way = _source(work, x)
     strip, tile, lanes = way.strip, way.tile, way.lanes
-    by_row, by_pixel = cuts.pitches(is_, strip, lanes)
+    by_row, by_pixel = cuts.pitches(strip, lanes, is_.size, is_.channels)
     packing = _packing(work, way, channels_inside)
     apart = cuts.apart(axes)
     shape = dense.Shape(
@@ -372,12 +367,7 @@ def _tables(
         places,
         torch.zeros(-(-zeros // 8), dtype=torch.int64),
     ]
-    tables = torch.cat(parts)
-    begins, begin = [], tables.data_ptr()
-    for part in parts:
-        begins.append(begin)
-        begin += part.nbytes
-    return tables, tuple(begins)
+    return engine.joined(parts)
 
 
 def _scattered(
@@ -445,7 +435,7 @@ def workspace_bytes(work: Work) -> int:
     }
     most = 0
     for way in ways:
-        pitches = cuts.pitches(is_, way.strip, way.lanes)
+        pitches = cuts.pitches(way.strip, way.lanes, is_.size, is_.channels)
         sources = {
             Reads.STRIP: ("rows", "pixels"),
             Reads.INPUT: ("none",),
@@ -466,7 +456,7 @@ def cost(request: Request) -> Cost:
     seen, problem = work(request), request.problem
     way = cuts.natural(seen)
     packing = _packing(seen, way, False)
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     cycles = way.cycles * _real(seen)
     if packing:
         cycles += (

@@ -6,7 +6,9 @@ place of a padded input shows, and what none of them serves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +22,7 @@ from plainconv.problem import ConvProblem, Pair, Request
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 LAUNCHES_S = 8e-6  # from Python to two kernels and back
 THREADS_S = 4e-6  # waking torch's threads
+HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
 SMALL = 64 << 10  # bytes that one thread moves while others wake
 MOST_PLACES = 1 << 20  # skipped at once along a dimension
 
@@ -33,6 +36,37 @@ def summed(request: Request) -> tuple[str, int]:
 def padded(count: int, to: int) -> int:
     """The next multiple of `to`."""
     return -(-count // to) * to
+
+
+def fewer_idle(along: int, size: int, target: cpu.Target) -> int:
+    """Lanes of the widest register, or of half of it where that leaves many fewer of `along` numbers' lanes idle."""
+    lanes = target.bits // 8 // size
+    while lanes > 16 // size and HALF_REGISTER * padded(along, lanes // 2) < padded(along, lanes):
+        lanes //= 2
+    return lanes
+
+
+def vector_cycles(bits: int, target: cpu.Target) -> float:
+    """Of a product of vectors so wide; processors with 512 bits do two narrower ones at once."""
+    return 1.0 if bits > 256 else 0.5 * (HALF_REGISTER if bits < target.bits else 1.0)
+
+
+def step_of(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The one distance from place to place, if places follow each other so; sizes of 1 have any stride."""
+    along = [(size, stride) for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1]
+    step = expected = along[0][1] if along else 1
+    for size, stride in along:
+        if stride != expected:
+            return None
+        expected *= size
+    return step
+
+
+def joined(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """Tables one behind the other, and the address where each begins."""
+    tables = torch.cat(list(parts))
+    sizes = (part.nbytes for part in parts[:-1])
+    return tables, tuple(accumulate(sizes, initial=tables.data_ptr()))
 
 
 def launches_s(shares: int) -> float:

@@ -26,7 +26,7 @@ from plainconv.cpu import rows
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu import engine
-from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, workspace_bytes
+from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, moved_bytes, workspace_bytes
 from plainconv.menu.engine import STORED, Side, folded
 from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
@@ -424,10 +424,9 @@ def _buffers(request: Request) -> tuple[Buffer, Buffer]:
 
 def cost(request: Request, choose: Choose) -> Cost:
     """Work of the tiles as they are, idle lanes and rows too, and memory that is not hidden behind it."""
-    problem = request.problem
     each = [_part_cost(part, choose) for part in _parts(request)]
     threads = max(request.threads, 1)
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     work, memory = sum(seconds for _, seconds in each), max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / threads
     seconds = max(work, memory) + HIDDEN * min(work, memory)
     seconds += len(each) * (LAUNCH_S + (THREADS_S if threads > 1 else 0.0))

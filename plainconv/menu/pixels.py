@@ -5,8 +5,6 @@ Nothing is padded and nothing is copied.  Threads get chunks of the rows, with s
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,10 +13,10 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import pixels, weights
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch
 from plainconv.menu import engine
-from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.engine import STORED, Side, folded
+from plainconv.menu.base import Bound, Cost, Tensors, moved_bytes
+from plainconv.menu.engine import STORED, Side, folded, summed
+from plainconv.menu.taps import Prepared, filling
 from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
@@ -37,7 +35,7 @@ HIDDEN = 0.25
 
 
 def _lanes(request: Request, target: cpu.Target) -> int:
-    size = 8 if request.dtype is torch.float64 else 4
+    _, size = summed(request)
     return min(target.bits // 8 // size, max(16 // size, 1 << (request.problem.in_channels - 1).bit_length()))
 
 
@@ -57,19 +55,6 @@ def _counts(request: Request) -> tuple[int, int, int, int]:
     return vectors, rows, max(1, min(request.threads, rows)), vectors * (problem.taps + request.has_bias) * width
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Compiled kernels with all of their arguments but the tensors'."""
-
-    kernel: cpu.Kernel
-    settled: Tensor
-    tables: tuple[Tensor, ...]
-    shares: int
-    total: cpu.Kernel
-    total_sizes: tuple[int, ...]
-    total_tasks: int
-
-
 @lru_cache(1024)
 def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, ...]) -> Prepared:
     """The kernels, the tables and the sizes of a request whose tensors lie so in memory."""
@@ -79,7 +64,7 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
     x_depth, x_row, x_col = (0,) * (3 - problem.dims) + x_strides[2:]
     y_depth, y_row, y_col = (0,) * (3 - problem.dims) + y_strides[2:]
     lanes_, (tall, wide) = _lanes(request, target), _tile(request, sides, target.registers)
-    element, stored = "double" if request.dtype is torch.float64 else "float", STORED[request.dtype]
+    (element, _), stored = summed(request), STORED[request.dtype]
     native = natives(target) - {"pairs"}
     alone = problem.in_channels == 1  # then its stride means nothing
     shape = pixels.Shape(
@@ -174,11 +159,11 @@ def cost(request: Request) -> Cost:
     sides = folded(problem, False)
     vectors, rows, chunks, chunk = _counts(request)
     tall, wide = _tile(request, sides, target.registers)
-    size = 8 if request.dtype is torch.float64 else 4
+    _, size = summed(request)
     tiles = problem.taps // (tall * wide)
     tile = sides[2].out * (max(tall * wide, 4) * PRODUCT + PLACE) + TILE + ADD * tall * wide
     cycles = rows * vectors * tiles * tile / chunks
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     memory, work = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / chunks, cycles / CYCLES_PER_SECOND
     seconds = max(work, memory) + HIDDEN * min(work, memory) + engine.launches_s(chunks)
     return Cost(problem.multiplies, moved, chunks * chunk * size, seconds)
@@ -188,13 +173,4 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
     if not request.problem.multiplies:
         return engine.zeros
-    ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
-    settled = ready.settled.data_ptr()
-
-    def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        x, y, bias, _ = tensors
-        sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
-        launch(ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, threads)
-        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, threads)
-
-    return call
+    return filling(prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads)

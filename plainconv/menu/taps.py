@@ -21,7 +21,7 @@ from plainconv.cpu import taps
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu import engine
-from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.engine import STORED, Side, folded, padded, summed
 from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
@@ -242,17 +242,7 @@ class Prepared:
     shares: int
     total: cpu.Kernel
     total_sizes: tuple[int, ...]
-    groups: int
-
-
-def _merges(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether places follow each other without a gap; sizes of 1 have any stride."""
-    expected = 1
-    for size, stride in zip(sizes[::-1], strides[::-1], strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    total_tasks: int
 
 
 def _apart(strides: tuple[int, ...], sizes: tuple[int, int, int], merge: bool) -> tuple[int, int, int]:
@@ -267,7 +257,8 @@ def _apart(strides: tuple[int, ...], sizes: tuple[int, int, int], merge: bool) -
 def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, ...]) -> Prepared:
     """The kernels, the tables and the sizes of a request whose tensors lie so in memory."""
     problem, target = request.problem, cpu.Target.host()
-    merge = _merges(problem.spatial, x_strides[2:]) and _merges(problem.out, y_strides[2:])
+    steps = engine.step_of(problem.spatial, x_strides[2:]), engine.step_of(problem.out, y_strides[2:])
+    merge = steps == (1, 1)
     sides = depth, high, width = folded(problem, merge)
     one = way(request, merge)
     counts = _sizes(request, one, sides)
@@ -401,24 +392,28 @@ def _places(problem: ConvProblem, sides: tuple[Side, Side, Side], shape: taps.Sh
 def cost(request: Request) -> Cost:
     """Cycles of the kernel, or memory, whichever is longer, and the calls."""
     problem, one = request.problem, way(request, True)
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     memory = max(moved - CACHED_BYTES, 0) / BYTES_PER_SECOND / max(one.parts * one.chunks, 1)
     work = one.cycles / CYCLES_PER_SECOND
     seconds = max(work, memory) + HIDDEN * min(work, memory) + engine.launches_s(one.parts * one.chunks)
     return Cost(problem.multiplies, moved, _bytes(request), seconds)
 
 
-def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
-    if not request.problem.multiplies:
-        return engine.zeros
-    ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
+def filling(ready: Prepared, threads: int) -> Bound:
+    """The call of both kernels: chunks of sums in the workspace, and what adds them."""
     settled = ready.settled.data_ptr()
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, y, bias, _ = tensors
         sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
         launch(ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, threads)
-        launch(ready.total, (sums, *made, *ready.total_sizes), ready.groups, threads)
+        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, threads)
 
     return call
+
+
+def bind(request: Request, tensors: Tensors) -> Bound:
+    """The call that fills a weight's gradient, and a bias' beside it, for tensors that lie in memory as these."""
+    if not request.problem.multiplies:
+        return engine.zeros
+    return filling(prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads)

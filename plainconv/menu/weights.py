@@ -8,7 +8,6 @@ kernel itself is in plainconv/cpu/weights.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, elements, work
-from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.cuts import Strip, Tile, strip_of
 from plainconv.menu.engine import STORED, padded, summed
 from plainconv.problem import ConvProblem, Request
@@ -93,13 +92,6 @@ def _blocks(axes: Axes) -> Iterator[tuple[int, int, bool]]:
             yield -(-high.out // count), width.out, True
 
 
-def _strip_pitches(strip: Strip, size: int, lanes: int, channels: int) -> tuple[int, int]:
-    """From a channel of the strip to the next, or from a place to the next if channels lie side by side."""
-    line = ALIGNMENT // size
-    by_row = padded(strip.slots * strip.length + lanes, line)
-    return by_row | line, padded(channels, line) | line
-
-
 @lru_cache(4096)
 def way(request: Request, merge: bool) -> Way:
     """The cheapest way that fits the workspace; the one of the smallest workspace, if none does."""
@@ -112,17 +104,14 @@ def _ways(request: Request, merge: bool) -> Iterator[Way]:
     problem, target = request.problem, cpu.Target.host()
     axes = depth, high, width = work(request).axes(merge)
     size, threads = summed(request)[1], max(request.threads, 1)
-    lanes = target.bits // 8 // size
-    while lanes > 16 // size and 1.1 * padded(problem.group_out, lanes // 2) < padded(problem.group_out, lanes):
-        lanes //= 2
-    bits = lanes * size * 8
-    vector = 1.0 if bits > 256 else 0.5 * (1.1 if bits < target.bits else 1.0)
+    lanes = engine.fewer_idle(problem.group_out, size, target)
+    vector = engine.vector_cycles(lanes * size * 8, target)
     planes = depth.out * problem.batch
     for rows, cols, whole in dict.fromkeys(_blocks(axes)):
         strip = strip_of(axes, rows, cols, whole)
         pieces = depth.out * -(-high.out // rows) * -(-width.out // cols)
         images = max(1, min(problem.batch, PLACES // max(rows * cols, 1)))
-        by_row, _ = _strip_pitches(strip, size, lanes, problem.group_in)
+        by_row, _ = cuts.pitches(strip, lanes, size, problem.group_in)
         most = max(1, min(STRIP_BYTES, request.max_workspace // (4 * threads)) // (images * by_row * size))
         channels = -(-problem.group_in // max(1, -(-problem.group_in // most)))
         channel_blocks = -(-problem.group_in // max(channels, 1))
@@ -169,7 +158,7 @@ def _room(request: Request, way: Way, source: str) -> Room:
     """How large everything is, if the strip is gathered from there."""
     problem, size = request.problem, summed(request)[1]
     line, slots, length = ALIGNMENT // size, way.strip.slots, way.strip.length
-    by_row, by_pixel = _strip_pitches(way.strip, size, way.lanes, way.channels)
+    by_row, by_pixel = cuts.pitches(way.strip, way.lanes, size, way.channels)
     pixels = source == "pixels"
     strip = slots * length * by_pixel if pixels else padded(way.channels * by_row, line)
     turned = way.images * strip
@@ -200,17 +189,6 @@ class Places(NamedTuple):
     col: int
 
 
-def _step(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The one distance from place to place, if places follow each other so; sizes of 1 have any stride."""
-    along = [(size, stride) for size, stride in zip(sizes[::-1], strides[::-1], strict=True) if size > 1]
-    step = expected = along[0][1] if along else 1
-    for size, stride in along:
-        if stride != expected:
-            return None
-        expected *= size
-    return step
-
-
 def _lies(strides: tuple[int, ...], sides: tuple[int, int, int], step: int | None) -> Places:
     if step is not None:
         return Places(step * sides[2] * sides[1], step * sides[2], step)
@@ -236,7 +214,7 @@ class Prepared:
 def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, ...]) -> Prepared:
     """The kernels, the tables and the sizes of a request whose tensors lie so in memory."""
     problem, target = request.problem, cpu.Target.host()
-    x_step, y_step = _step(problem.spatial, x_strides[2:]), _step(problem.out, y_strides[2:])
+    x_step, y_step = engine.step_of(problem.spatial, x_strides[2:]), engine.step_of(problem.out, y_strides[2:])
     merge = x_step is not None and y_step is not None
     axes = depth, high, width = work(request).axes(merge)
     x = _lies(x_strides[2:], (depth.size, high.size, width.size), x_step if merge else None)
@@ -368,18 +346,13 @@ def _tables(mode: str, axes: Axes, one: Way, source: str, factors: list[int]) ->
     reach = [[0, 0, 0, one.strip.slots]] * depth.out  # what lies in the padding is gathered, too: zeros
     numbers = (one.strip.rows(), factors, reach, elements(depth, mode))
     parts = [*(torch.tensor(table).flatten() for table in numbers), by_row, by_col]
-    tables = torch.cat(parts)
-    begins, begin = [], tables.data_ptr()
-    for part in parts:
-        begins.append(begin)
-        begin += part.nbytes
-    return tables, tuple(begins)
+    return engine.joined(parts)
 
 
 def cost(request: Request) -> Cost:
     """Cycles of the kernel, or memory, whichever is longer, and the calls."""
     problem, one = request.problem, way(request, True)
-    moved = request.dtype.itemsize * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     memory = moved / (cuts.CACHED if moved < cuts.CACHE else cuts.BYTES_PER_SECOND)
     seconds = max(one.cycles / cuts.CYCLES_PER_SECOND, memory) + engine.launches_s(one.parts * one.chunks)
     workspace = max(_bytes(request, way(request, merge)) for merge in (True, False))

@@ -32,7 +32,7 @@ from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch
 from plainconv.menu import engine
 from plainconv.menu.axes import Work, work
-from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, summation_error
+from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
 from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
@@ -57,7 +57,6 @@ BACK = 11.0
 WEIGHT = 9.0
 FAR_STORE = 24.0  # of a weight that is kept for all blocks
 TILE = 20.0  # a product's beginning and end
-HALF_REGISTER = 1.1  # narrower vectors do a little less than their share
 BYTES_PER_SECOND = 16e9  # of memory
 CACHED = 60e9
 
@@ -343,12 +342,7 @@ def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> 
     counts = [tiles * m + side.kernel - 1 for tiles, m, side in zip(cut.tiles, cut.tile, sides, strict=True)]
     counts[2] += room.length
     parts = [engine.shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
-    tables = torch.cat(parts)
-    begins, begin = [], tables.data_ptr()
-    for part in parts:
-        begins.append(begin)
-        begin += part.nbytes
-    return tables, tuple(begins)
+    return engine.joined(parts)
 
 
 def _why_not(request: Request) -> str | None:
@@ -393,7 +387,7 @@ def _error(request: Request) -> float:
 
 def _cost(request: Request) -> Cost:
     """Cycles of the transforms and of the products, or memory, whichever is longer, and the calls."""
-    seen, cut, problem, target = work(request), way(request), request.problem, cpu.Target.host()
+    seen, cut, target = work(request), way(request), cpu.Target.host()
     matrices, size = math.prod(_patch(seen, cut.tile)), request.dtype.itemsize
     in_vectors, outputs = -(-seen.group_in // cut.lanes), -(-seen.group_out // cut.lanes)
     out_tiles = -(-outputs // cut.vectors)
@@ -416,9 +410,9 @@ def _cost(request: Request) -> Cost:
     cycles += seen.groups * tiles * (FORTH * in_vectors * cut.parts + BACK * outputs)
     cycles += seen.groups * outputs * seen.group_in * (WEIGHT if cut.apart or weight <= FAR_BYTES else FAR_STORE)
     register = cut.lanes * size * 8
-    cycles *= matrices * (1.0 if register > 256 else 0.5 * (HALF_REGISTER if register < target.bits else 1.0))
+    cycles *= matrices * engine.vector_cycles(register, target)
     busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
-    moved = size * sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
+    moved = moved_bytes(request)
     memory = moved / (CACHED if moved < 16 << 20 else BYTES_PER_SECOND)
     seconds = max(cycles * busy / CYCLES_PER_SECOND, memory) + 2 * engine.launches_s(cut.shares)
     multiplies = seen.groups * tiles * matrices * seen.group_in * seen.group_out
