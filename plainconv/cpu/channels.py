@@ -23,7 +23,8 @@ and the loops are, from the outside in,
 so that a pixel is loaded once for all that it meets: with 3x3 taps, two rows of 7 pixels load 4 rows of 9 for 126
 products.  Depths follow each other, since they read nearly the same.
 
-Of an input larger than the caches, each step asks for a part of what the next task reads.
+Of an input larger than the caches, each step asks for a part of what the next task reads.  A result that would not stay
+in the caches is written past them, where vectors are whole lines: else each line would be read before it is written.
 
 In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  The last block begins
 so early that it ends with the channels, and computes some of them again; only fewer channels than lanes need a mask.
@@ -76,6 +77,7 @@ SIZES = (
     "ends",  # narrower tiles, for what does not fill a tile
     "fresh",  # input rows, of the last of a task, ...
     "ahead",  # ... that are asked for so many elements further on: the next task reads them
+    "streams",  # 1 if the result is written past the caches
 )
 LINE = 64  # bytes that come together from memory
 CHECKED = 4  # vectors of the weight at a time, when it is looked at
@@ -117,6 +119,11 @@ class Shape:
     has_bias: bool
     has_residual: bool
     activation: str | None
+
+    @property
+    def fills_lines(self) -> bool:
+        """Whether a vector in memory is a line, so that it can be written without being read."""
+        return self.made == 1 and not self.mask and self.lanes * SCALARS[self.stored] == LINE
 
     @property
     def tap_steps(self) -> tuple[int, int]:
@@ -198,6 +205,8 @@ class Channels:
             return []
 
         e.loop((e.end - 1) // each - first + 1, [], group)
+        if shape.fills_lines:
+            e.fence()
         return e.module()
 
     def share(self, number: Value, total: str, among: str) -> tuple[Value, Value]:
@@ -393,13 +402,27 @@ class Channels:
             return some(e.number(width // taps), acc, width % taps) if width % taps else acc
 
         acc = e.loop(steps, [bias] * (shape.rows * pixels), each_step)
-        for r in range(shape.rows):
-            at = to + r * of["y_row"] + first * of["y_pixel"] + channel
+        begins = [to + r * of["y_row"] + first * of["y_pixel"] + channel for r in range(shape.rows)]
+        results = []
+        for r, at in enumerate(begins):
             for p in range(pixels):
                 residual = e.load(of["residual"], at, self.mask, shape.stored) if shape.has_residual else None
-                result = finish(e, acc[r * pixels + p], residual, shape.activation)
-                e.store(result, of["y"], at, self.mask, shape.stored)
+                results.append(finish(e, acc[r * pixels + p], residual, shape.activation))
                 at = at + of["y_pixel"]
+
+        def write(streams: bool) -> None:
+            for r, at in enumerate(begins):
+                for result in results[r * pixels : (r + 1) * pixels]:
+                    if streams:
+                        e.stream(result, of["y"], at, shape.stored)
+                    else:
+                        e.store(result, of["y"], at, self.mask, shape.stored)
+                    at = at + of["y_pixel"]
+
+        if shape.fills_lines:
+            e.when(of["streams"] > 0, partial(write, True), partial(write, False))
+        else:
+            write(False)
 
     def ask(self, group: Group, block: Value, step: Value, place: Value, pixels: int, inside: Value | bool) -> None:
         """Of an input larger than the caches, ask for a part of what the next task reads."""

@@ -350,6 +350,22 @@ class Emit:
         suffix = f"v{self.lanes}{SUFFIX[_carrier(stored)]}.p0"
         self._call(f"llvm.masked.store.{suffix}", "void", value, address, Value(self, str(align), "i32"), mask)
 
+    def stream(self, value: Value, pointer: Value, offset: Value | int = 0, stored: str | None = None) -> None:
+        """`store` to memory itself, past the caches; the address is a multiple of the vector's size.
+
+        Other threads may see it late: `fence` before the kernel ends.
+        """
+        stored = stored or self.element
+        value, address = self.narrow(value, stored), self.at(pointer, offset, stored)
+        align = self.lanes * SCALARS[stored]
+        self._lines.append(
+            f"  store {value.type} {value.text}, ptr {address.text}, align {align}, !nontemporal !{{i32 1}}"
+        )
+
+    def fence(self) -> None:
+        """Wait until all that was stored can be seen by other threads."""
+        self._lines.append("  fence seq_cst")
+
     def prefetch(self, address: Value, to: str = "read") -> None:
         """Ask for the line of the cache at an address, which need not exist, to "read" or to "write" it."""
         numbers = (Value(self, text, "i32") for text in ("1" if to == "write" else "0", "2", "1"))

@@ -32,6 +32,7 @@ UNROLLED = 400  # products in a row, at most, where taps along the rows are unro
 PACKED = 128 << 10  # bytes of a packed weight that stay in a core's own cache, beside what it is multiplied with
 TASKS = 2  # for each thread, at least, so that shares come out even
 ASKED = 16 << 20  # bytes of an input so large that what the next task reads is asked for ahead
+STREAMED = 24 << 20  # bytes of an input and a result together that do not stay in the caches
 ASKED_GROUPS = 4 << 20  # the same where it is asked for beside a copy
 SPAN = 128  # tiles along the width that a task has, at most
 
@@ -271,6 +272,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     copies = x.shape[1] > 1 and x.stride(1) != 1
     lies = copies or x.movedim(1, -1).is_contiguous()
     made = request.problem.shape_of(request.direction.makes)
+    streams = (x.numel() + math.prod(made)) * size >= STREAMED and made[1] * size % channels.LINE == 0
     bound = [_bind(part, None if lies else x, made) for part in _parts(request)]
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -280,8 +282,10 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         w, bias = w.contiguous(), None if bias is None else bias.contiguous()
         given = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), 0 if bias is None else bias.data_ptr())
         added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
+        past = streams and made % channels.LINE == 0
         for ready, first, behind in bound:
-            launch(ready.kernel, (*given, added + first * size, made + first * size, *behind), ready.tasks, threads)
+            pointers = (*given, added + first * size, made + first * size)
+            launch(ready.kernel, (*pointers, *behind, past), ready.tasks, threads)
 
     return call
 

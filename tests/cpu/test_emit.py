@@ -57,6 +57,20 @@ def copy(target, source, to, stored, result, masked):
     run(e, (source, to), (source.numel(),), target=target)
 
 
+@every_target
+def test_a_vector_written_past_the_caches(target):
+    e = builder(target)
+    x, y = e.arguments("ptr", "ptr")
+    e.stream(e.load(x), y, e.lanes)
+    e.fence()
+    source, to = torch.arange(1.0, e.lanes + 1), torch.zeros(3 * e.lanes)
+    aligned = to[-to.data_ptr() // 4 % e.lanes :]
+    run(e, (source, aligned), target=target)
+    assert torch.equal(aligned[e.lanes : 2 * e.lanes], source)
+    assert int((to != 0).sum()) == e.lanes
+    assert "movnt" in cpu.assembly(e.module(), target)
+
+
 def bits(tensor):
     return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 

@@ -95,6 +95,7 @@ def as_if(monkeypatch):
 
     def pretend(bits):
         monkeypatch.setattr(channels, "ASKED", 0)
+        monkeypatch.setattr(channels, "STREAMED", 0)
         target = cpu.Target.host(bits)
         monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
         monkeypatch.setattr(channels, "prepare", channels.prepare.__wrapped__)
@@ -196,6 +197,39 @@ def between_guards(asked, at_end, monkeypatch):
     workspace = guarded(torch.full((channels.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
     channels.run(asked, tensors, out, workspace)
     compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "direction", "dtype"),
+    [
+        (WAYS["whole blocks"], Direction.FORWARD, torch.float32),
+        (WAYS["whole blocks"], Direction.FORWARD, torch.float64),
+        ("n1 c32 o32 x18x25 k3x3 s2 p1 g32", Direction.GRAD_INPUT, torch.float32),
+    ],
+)
+def test_a_large_result_is_written_past_the_caches(text, direction, dtype, monkeypatch):
+    """The same bits, wherever the result begins: vectors that are not whole lines cannot be written so."""
+    asked = asked_for(text, dtype, direction, has_bias=True, has_residual=True, threads=3)
+    tensors = given(asked, reals)
+    tensors = tensors._replace(first=last(tensors.first), residual=last(tensors.residual))
+    n, c, *inner = shape = asked.problem.shape_of(direction.makes)
+    workspace = torch.empty(channels.cost(asked).workspace, dtype=torch.uint8)
+    room, results = torch.empty(tensors.residual.numel() + 1, dtype=dtype), []
+    for least, first in [(1 << 40, 0), (0, 0), (0, 1)]:
+        monkeypatch.setattr(channels, "STREAMED", least)
+        out = room[first:][: room.numel() - 1].view(n, *inner, c).movedim(-1, 1).fill_(torch.nan)
+        channels.run(asked, tensors, out, workspace)
+        results.append(out.clone())
+    assert room.data_ptr() % kernels.LINE == 0
+    assert results[0].shape == shape
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("text", "fills"), [("n1 c64 o64 x56x56 k3x3 p1 g64", True), ("n1 c3 o3 x9x9 k3x3 g3", False)])
+def test_whole_lines_alone_are_written_past_the_caches(text, fills):
+    shape = channels.shape_of(parts(asked_for(text))[0], cpu.Target.host())
+    assert shape.fills_lines == (fills and cpu.Target.host().bits == 8 * kernels.LINE)
+    assert ("!nontemporal" in kernels.text(shape)) == shape.fills_lines
 
 
 @pytest.mark.parametrize("text", ["n{n} c40 o40 x{h}x{w} k3x3 p1 g40", "n{n} c24 o24 x{h}x{w} k5x3 s2 p{n} g24"])
