@@ -241,11 +241,11 @@ class Shape:
 @lru_cache(256)
 def text(shape: Shape) -> str:
     """The kernel of this shape: POINTERS are its arguments, tasks are shares."""
-    return _Winograd(shape).kernel()
+    return Winograd(shape).kernel()
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Rows of tiles from `row` on, so many, and of each the tiles from `col` on."""
 
     row: Value
@@ -254,16 +254,23 @@ class _Block:
     cols: Value
 
 
-class _Winograd:
+class Winograd:
+    """Emits the kernel of a shape.  What transforms are is said in `prepare`, `bring`, `turn_back` and `weigh`."""
+
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.e = e = Emit(shape.lanes, shape.element)
         given = e.arguments(*("ptr",) * len(POINTERS))
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
-        self.back, _, self.forth = zip(*map(forms, shape.tile, shape.taps), strict=True)
         self.width = shape.vectors * shape.lanes
         self.matrices = prod(shape.patch)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The transforms, and room on the stack for them."""
+        e, shape = self.e, self.shape
+        self.back, _, self.forth = zip(*map(forms, shape.tile, shape.taps), strict=True)
         if shape.does in ("weight", "back"):
             taps, deep = prod(shape.taps), shape.patch[0]
             self.across = e.stack(shape.element, taps * shape.lanes * shape.lanes)  # [channel, tap] vectors of outputs
@@ -293,7 +300,7 @@ class _Winograd:
         where, group = unit % of["blocks"], unit // of["blocks"]
         row, col = where // of["col_blocks"] * of["block_rows"], where % of["col_blocks"] * of["block_cols"]
         rows, cols = e.least(of["block_rows"], of["rows"] - row), e.least(of["block_cols"], of["cols"] - col)
-        block = _Block(row, rows, col, cols)
+        block = Block(row, rows, col, cols)
 
         def each_row(i: Value, _: list[Value]) -> Sequence[Value]:
             def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
@@ -313,7 +320,7 @@ class _Winograd:
             tile = begin + i
             weight = e.at(of["weight"], group * of["weight_group"] + tile * of["weight_tile"])
             sums = e.at(scratch, of["sums_at"])
-            self.products(rows * cols, patches, weight, of["in_vectors"], of["group_in"], sums, None)
+            self.products(self.patches(rows, cols), patches, weight, e.number(0), self.slabs, sums, False)
             self.make(block, group, tile, scratch)
             return []
 
@@ -327,7 +334,7 @@ class _Winograd:
         vector, group = number % vectors, number // vectors
         tile, lane = vector // shape.vectors, vector % shape.vectors
         weight = e.at(of["weight"], group * of["weight_group"] + tile * of["weight_tile"])
-        self.weigh(group, vector, e.number(0), of["in_vectors"], e.at(weight, lane * shape.lanes))
+        self.weigh(group, vector, e.number(0), self.slabs, e.at(weight, lane * shape.lanes))
         return before
 
     def forth_task(self, number: Value, before: Value, scratch: Value, patches: Value) -> Value:
@@ -349,26 +356,42 @@ class _Winograd:
 
         def some(i: Value, _: list[Value]) -> Sequence[Value]:
             first = i * shape.held
-            held = e.least(of["in_vectors"] - first, shape.held)
+            held = e.least(self.slabs - first, shape.held)
 
             def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
                 self.weigh(group, tile * shape.vectors + v, first, held, e.at(weight, v * shape.lanes))
                 return []
 
             e.loop(vectors, [], each_vector)
-            here = e.at(patches, first * (self.matrices * shape.lanes))
-            channels = of["group_in"] - first * shape.lanes
-            self.products(block.rows * block.cols, here, weight, held, channels, sums, first)
+            self.products(self.patches(block.rows, block.cols), patches, weight, first, held, sums, True)
             return []
 
-        e.loop((of["in_vectors"] + (shape.held - 1)) // shape.held, [], some)
+        e.loop((self.slabs + (shape.held - 1)) // shape.held, [], some)
         self.make(block, group, tile, scratch)
         return before
 
     @property
-    def everything(self) -> _Block:
+    def everything(self) -> Block:
         zero = self.e.number(0)
-        return _Block(zero, self.given["rows"], zero, self.given["cols"])
+        return Block(zero, self.given["rows"], zero, self.given["cols"])
+
+    def line(self, cols: Value) -> Value:
+        """Patches of a row of so many tiles."""
+        return cols
+
+    def patches(self, rows: Value, cols: Value) -> Value:
+        """From the first tile of a block to its last, how many patches begin."""
+        return rows * self.line(cols)
+
+    @property
+    def slabs(self) -> Value:
+        """What the sums of a group are over, a vector of input channels each."""
+        return self.given["in_vectors"]
+
+    def slab(self, number: Value) -> tuple[Value, Value]:
+        """Where it is in the patches of a tile, and how many channels are left from there on."""
+        lanes = self.shape.lanes
+        return number * (self.matrices * lanes), self.given["group_in"] - number * lanes
 
     def place(self, row: Value) -> tuple[Value, Value, Value]:
         """Image, depth and row of tiles, of a row of tiles."""
@@ -378,7 +401,7 @@ class _Winograd:
 
     # -- the input ---------------------------------------------------------------------------------------------------
 
-    def bring(self, block: _Block, group: Value, row: Value, vector: Value, scratch: Value, patches: Value) -> None:
+    def bring(self, block: Block, group: Value, row: Value, vector: Value, scratch: Value, patches: Value) -> None:
         """The patches of a row of tiles of a block, and of a vector of channels."""
         e, of, shape = self.e, self.given, self.shape
         deep, high, wide = shape.patch
@@ -412,7 +435,7 @@ class _Winograd:
 
                 e.loop(block.cols * shape.tile[2] + (shape.taps[2] - 1), [], each_column)
             lines = columns if high > 1 else source
-            first = row * block.cols
+            first = row * self.line(block.cols)
 
             def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
                 here = e.at(lines, t * (shape.tile[2] * lanes))
@@ -429,7 +452,7 @@ class _Winograd:
 
         e.loop(deep, [], each_depth)
 
-    def gather(self, block: _Block, group: Value, row: Value, vector: Value, strip: Value) -> None:
+    def gather(self, block: Block, group: Value, row: Value, vector: Value, strip: Value) -> None:
         """The strip of a row of tiles and a vector of channels: [depth, row, column] vectors, zero in the border."""
         e, of, shape = self.e, self.given, self.shape
         lanes, first = shape.lanes, vector * shape.lanes
@@ -469,7 +492,7 @@ class _Winograd:
                 return []
 
             if shape.source == "pixels":
-                e.loop(block.cols * shape.tile[2] + (shape.taps[2] - 1), [], pixel)
+                e.loop((self.line(block.cols) - 1) * shape.tile[2] + shape.patch[2], [], pixel)
             else:
                 e.loop(of["length"] // lanes, [], square)
             return []
@@ -483,18 +506,18 @@ class _Winograd:
         count: Value,
         patches: Value,
         weight: Value,
-        vectors: Value,
-        channels: Value,
+        first_slab: Value,
+        slabs: Value,
         sums: Value,
-        first_vector: Value | None,
+        adds: bool,
     ) -> None:
-        """For each matrix, the sums [tile, output] of `count` tiles over so many vectors of channels, or channels.
+        """For each matrix, the sums [tile, output] of `count` tiles over so many vectors of channels.
 
-        first_vector: None, or, where sums are added to those before, which vector of channels is the first.
+        adds: to the sums that are there, if there were slabs before.
         """
         e, of, shape = self.e, self.given, self.shape
         lanes = shape.lanes
-        more = None if first_vector is None else e.tail(first_vector * lanes)
+        more = e.tail(first_slab * lanes) if adds else None
 
         def each_matrix(i: Value, _: list[Value]) -> Sequence[Value]:
             left, right = e.at(patches, i * lanes), e.at(weight, i * of["weight_matrix"])
@@ -505,7 +528,8 @@ class _Winograd:
 
                 def each_vector(v: Value, acc: list[Value]) -> Sequence[Value]:
                     weights = e.at(right, v * shape.slab)
-                    here = [e.at(row, v * (self.matrices * lanes)) for row in rows]
+                    place, channels = self.slab(first_slab + v)
+                    here = [e.at(row, place) for row in rows]
 
                     def step(c: Value, acc: list[Value]) -> Sequence[Value]:
                         loaded = [e.load(weights, c * self.width + n * lanes) for n in range(shape.vectors)]
@@ -513,12 +537,12 @@ class _Winograd:
                         pairs = [(one, weight) for one in ones for weight in loaded]
                         return [e.fma(one, weight, total) for (one, weight), total in zip(pairs, acc, strict=True)]
 
-                    return e.loop(e.least(channels - v * lanes, lanes), acc, step)
+                    return e.loop(e.least(channels, lanes), acc, step)
 
                 begins = [e.zero] * (scalars * shape.vectors)
                 if more is not None:
                     begins = [e.load(to, first * self.width + n * lanes, more) for n in range(len(begins))]
-                for n, total in enumerate(e.loop(vectors, begins, each_vector)):
+                for n, total in enumerate(e.loop(slabs, begins, each_vector)):
                     e.store(total, to, first * self.width + n * lanes)
                 return []
 
@@ -533,7 +557,7 @@ class _Winograd:
 
     # -- the output --------------------------------------------------------------------------------------------------
 
-    def make(self, block: _Block, group: Value, tile: Value, scratch: Value) -> None:
+    def make(self, block: Block, group: Value, tile: Value, scratch: Value) -> None:
         """What a tile of output channels has in a block, from its sums."""
         e, of, shape = self.e, self.given, self.shape
         sums, made = e.at(scratch, of["sums_at"]), e.at(scratch, of["made_at"])
@@ -542,7 +566,7 @@ class _Winograd:
             first = (tile * shape.vectors + v) * shape.lanes
 
             def each_row(i: Value, _: list[Value]) -> Sequence[Value]:
-                here = e.at(sums, i * block.cols * self.width + v * shape.lanes)
+                here = e.at(sums, i * self.line(block.cols) * self.width + v * shape.lanes)
                 self.turn_back(block.cols, group, first, here, made)
                 self.store(block, group, block.row + i, first, made)
                 return []
@@ -592,7 +616,7 @@ class _Winograd:
 
         e.loop(cols, [], each_tile)
 
-    def store(self, block: _Block, group: Value, row: Value, first: Value, made: Value) -> None:
+    def store(self, block: Block, group: Value, row: Value, first: Value, made: Value) -> None:
         """What there is of a row of tiles, to the result."""
         e, of, shape = self.e, self.given, self.shape
         lanes = shape.lanes

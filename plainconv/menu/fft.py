@@ -19,7 +19,7 @@ Source: Stockham, "High-speed convolution and correlation" (1966); Mathieu, Hena
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 from plainconv.border import gather, inner, runs, scatter_add
+from plainconv.menu import fourier
 from plainconv.menu.base import (
     INTEGERS,
     Algorithm,
+    Bound,
     Buffer,
     Cost,
     Tensors,
@@ -44,6 +46,7 @@ from plainconv.menu.strips import keeps_sums
 from plainconv.problem import Direction, Request
 
 TILE_ELEMENTS = 1 << 16  # a tile of one channel, at most, unless the kernel alone is larger
+MEASURED = 0.475  # seconds over estimated ones
 MATRIX_TERMS = 12  # from here a matrix product for each frequency pays for the rearranging it needs
 
 
@@ -149,7 +152,7 @@ def _from_frequencies(spectrum: Tensor, out: Tensor, dims: int) -> None:
         torch.fft.irfftn(spectrum, s=out.shape[-dims:], dim=axes, out=out)
 
 
-def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+def _run_in_tensors(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
     problem, direction, dims = request.problem, request.direction, request.problem.dims
     tiles = _tiles(request)
     x_tiles, y_tiles, w_tile, x_spectra, y_spectra, w_spectrum, *sums = carve(workspace, tiles.buffers)
@@ -227,7 +230,7 @@ def _why_not(request: Request) -> str | None:
     return None
 
 
-def _cost(request: Request) -> Cost:
+def _cost_in_tensors(request: Request) -> Cost:
     problem, tiles = request.problem, _tiles(request)
     count = math.prod(-(-o // t) for o, t in zip(problem.out, tiles.outputs, strict=True))
     area = math.prod(tiles.transform)
@@ -241,14 +244,43 @@ def _cost(request: Request) -> Cost:
         + product_seconds(request, 20 * transforms, 24, 24)
         + product_seconds(request, products, problem.group_out, problem.group_in) * 2
         + moved / machine(request).bytes
-    )
+    ) * MEASURED
     return Cost(int(transforms + products), moved, workspace_bytes(tiles.buffers), seconds)
 
 
+@lru_cache(4096)
+def _served(request: Request) -> tuple[Cost, bool]:
+    """What it costs, and whether on the engine; in tensor operations, if these are estimated to be quicker."""
+    slow = _cost_in_tensors(request)
+    if fourier.why_not(request) is None:
+        fast = fourier.cost(request)
+        if fast.workspace <= request.max_workspace and fast.seconds < slow.seconds:
+            return fast, True
+    return slow, False
+
+
+def _cost(request: Request) -> Cost:
+    return _served(request)[0]
+
+
 def _error(request: Request) -> float:
+    return fourier.error(request) if _served(request)[1] else _error_in_tensors(request)
+
+
+def _error_in_tensors(request: Request) -> float:
     problem, tiles = request.problem, _tiles(request)
     area, extent = math.prod(tiles.transform), math.prod(problem.kernel)
     return 6 * math.log2(area + 1) * math.sqrt(area / extent) + summation_error(problem.terms(request.direction))
 
 
-ALGORITHM = Algorithm("fft", _why_not, _cost, _error, _run)
+def bind(request: Request, tensors: Tensors) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these."""
+    return fourier.bind(request, tensors) if _served(request)[1] else partial(_run_in_tensors, request)
+
+
+def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+    """Fill `out`."""
+    bind(request, tensors)(tensors, out, workspace)
+
+
+ALGORITHM = Algorithm("fft", _why_not, _cost, _error, run, version=2, bind=bind)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import fourier
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch
 from plainconv.menu import engine
@@ -55,16 +56,37 @@ STEP = 0.5  # and of the product's loop
 FORTH = 13.0
 BACK = 11.0
 WEIGHT = 9.0
-FAR_STORE = 24.0  # of a weight that is kept for all blocks
+FAR_STORE = 15.0  # more, of a weight that is kept for all blocks
 TILE = 20.0  # a product's beginning and end
 BYTES_PER_SECOND = 16e9  # of memory
 CACHED = 60e9
 
 
+class Form(NamedTuple):
+    """What is multiplied, along depth, rows and width.
+
+    tile      outputs of a tile
+    patch     places that it reads
+    numbers   products of those
+    fourier   whether by discrete Fourier transforms, see plainconv.menu.fourier
+    blocks    of the kernel's taps along the width, one tile apart: a tile multiplies the patches of as many
+    """
+
+    tile: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    numbers: tuple[int, int, int]
+    fourier: bool = False
+    blocks: int = 1
+
+    @property
+    def matrices(self) -> int:
+        """Numbers of a patch, each of which is a product of matrices."""
+        return math.prod(self.numbers)
+
+
 class Way(NamedTuple):
     """How a request is cut.
 
-    tile      outputs of a tile along depth, rows and width
     tiles     how many there are, of an image
     scalars   x vectors: tiles and vectors of output channels, the registers of a product
     rows      of tiles, of a block, and cols: tiles of a row
@@ -74,7 +96,7 @@ class Way(NamedTuple):
     tasks     of the main kernel, and shares: threads
     """
 
-    tile: tuple[int, int, int]
+    form: Form
     tiles: tuple[int, int, int]
     lanes: int
     scalars: int
@@ -88,7 +110,7 @@ class Way(NamedTuple):
     shares: int
 
 
-def _sides(seen: Work) -> tuple[Side, Side, Side]:
+def sides_of(seen: Work) -> tuple[Side, Side, Side]:
     """Depth, rows and width as a convolution with stride 1; the gradient for the input is turned round."""
     depth, high, width = folded(seen.request.problem, False)
     if not seen.turned:
@@ -110,12 +132,20 @@ def _outputs(side: Side, most: int) -> int:
 @lru_cache(4096)
 def way(request: Request) -> Way:
     """How to cut a request."""
-    seen, target = work(request), cpu.Target.host()
-    depth, high, width = sides = _sides(seen)
-    size, threads = request.dtype.itemsize, max(request.threads, 1)
+    depth, high, width = sides = sides_of(work(request))
     # In three dimensions, large tiles along all of them would lose too many digits.
     deep = 2 if min(side.kernel for side in sides) > 1 else 4
     tile = _outputs(depth, deep), _outputs(high, 4), _outputs(width, 4)
+    patch = tile[0] + depth.kernel - 1, tile[1] + high.kernel - 1, tile[2] + width.kernel - 1
+    return cut_by(request, Form(tile, patch, patch))
+
+
+@lru_cache(4096)
+def cut_by(request: Request, form: Form) -> Way:
+    """How to cut a request whose form is settled."""
+    seen, target, tile = work(request), cpu.Target.host(), form.tile
+    depth, high, width = sides_of(seen)
+    size, threads = request.dtype.itemsize, max(request.threads, 1)
     tiles = -(-depth.out // tile[0]), -(-high.out // tile[1]), -(-width.out // tile[2])
     lanes = target.bits // 8 // size
     while lanes > 16 // size and lanes // 2 >= seen.group_out:
@@ -127,14 +157,15 @@ def way(request: Request) -> Way:
     while vectors > 1 and spare // vectors < 3:
         vectors -= 1
     scalars = min(spare // vectors - 1, MOST_SCALARS)
-    matrices, in_vectors = math.prod(_patch(seen, tile)), -(-seen.group_in // lanes)
+    matrices, in_vectors = form.matrices, -(-seen.group_in // lanes)
+    slabs = in_vectors * form.blocks
     out_tiles = -(-outputs // vectors)
     rows = seen.batch * tiles[0] * tiles[1]
     if rows * tiles[2] <= FEW_TILES and out_tiles * seen.groups >= threads and seen.group_in:
-        held = max(1, min(HELD_BYTES // (matrices * _slab(lanes, vectors) * size), in_vectors))
+        held = max(1, min(HELD_BYTES // (matrices * _slab(lanes, vectors) * size), slabs))
         tasks = seen.groups * out_tiles
         shares = min(threads, tasks)
-        return Way(tile, tiles, lanes, scalars, vectors, rows, tiles[2], True, held, 1, tasks, shares)
+        return Way(form, tiles, lanes, scalars, vectors, rows, tiles[2], True, held, 1, tasks, shares)
     each = matrices * (in_vectors + vectors) * lanes * size
     most = max(NEAR_BYTES // each, LEAST_TILES)
     cols = -(-tiles[2] // -(-tiles[2] // most))
@@ -146,12 +177,7 @@ def way(request: Request) -> Way:
     units = -(-rows // max(height, 1)) * col_blocks * seen.groups
     parts = max(min(out_tiles, -(-threads // max(units, 1))), 1)
     shares = max(min(threads, units * parts), 1)
-    return Way(tile, tiles, lanes, scalars, vectors, height, cols, False, 0, parts, units * parts, shares)
-
-
-def _patch(seen: Work, tile: tuple[int, ...]) -> list[int]:
-    """Places that a tile reads, along depth, rows and width."""
-    return [m + side.kernel - 1 for m, side in zip(tile, _sides(seen), strict=True)]
+    return Way(form, tiles, lanes, scalars, vectors, height, cols, False, 0, parts, units * parts, shares)
 
 
 def _slab(lanes: int, vectors: int) -> int:
@@ -181,38 +207,44 @@ class Room(NamedTuple):
 
 
 @lru_cache(4096)
-def _room(request: Request) -> Room:
-    seen, cut = work(request), way(request)
-    lanes, patch = cut.lanes, _patch(seen, cut.tile)
-    matrices, vectors = math.prod(patch), -(-seen.group_in // lanes)
+def _room(request: Request, cut: Way) -> Room:
+    seen, (tile, patch, numbers, _, blocks) = work(request), cut.form
+    lanes, matrices, vectors = cut.lanes, cut.form.matrices, -(-seen.group_in // cut.lanes)
+    line = cut.cols + blocks - 1
     # Neighbours are an odd number of vectors apart, so that they do not meet in the same places of a cache.
-    tiles, chunk = cut.rows * cut.cols + kernels.SMALL, matrices * _slab(lanes, cut.vectors)
+    tiles, chunk = cut.rows * line + blocks - 1 + kernels.SMALL, matrices * _slab(lanes, cut.vectors)
     patch_size, sum_matrix = (vectors * matrices | 1) * lanes, (tiles * cut.vectors | 1) * lanes
-    length = padded(cut.cols * cut.tile[2] + patch[2] - cut.tile[2], lanes)
-    made_length = padded(cut.cols * cut.tile[2], lanes)
+    length = padded(line * tile[2] + patch[2] - tile[2], lanes)
+    made_length = padded(cut.cols * tile[2], lanes)
     begins, begin = [], 0
     for elements in (
         patch[0] * patch[1] * length * lanes,
-        patch[1] * length * lanes,
+        numbers[1] * length * lanes,
         matrices * sum_matrix,
-        cut.tile[0] * cut.tile[1] * made_length * lanes,
+        tile[0] * tile[1] * made_length * lanes,
         cut.held * chunk,
     ):
         begins.append(begin)
         begin += padded(elements, ALIGNMENT // request.dtype.itemsize)
-    weight_tile = vectors * chunk
+    weight_tile = vectors * blocks * chunk
     out_tiles = 0 if cut.apart else -(-seen.group_out // (cut.vectors * lanes))
     ends = (patch_size, tiles * patch_size, sum_matrix, weight_tile, weight_tile * out_tiles, length, made_length)
     return Room._make((*begins, begin, *ends))
 
 
-def _workspace(request: Request) -> tuple[int, int, int]:
+def workspace(request: Request, cut: Way) -> tuple[int, int, int]:
     """Bytes of the transformed weight, of patches, and of the threads' own."""
-    seen, cut, room = work(request), way(request), _room(request)
+    seen, room = work(request), _room(request, cut)
     patches = room.patches * (seen.groups if cut.apart else cut.shares)
     elements = (seen.groups * room.weight_group, patches, max(request.threads, 1) * room.share)
     weight, patches, own = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
     return weight, patches, own
+
+
+def block_bytes(request: Request, cut: Way) -> int:
+    """Of the patches and the sums of a block."""
+    room = _room(request, cut)
+    return (room.patches + cut.form.matrices * room.sum_matrix) * request.dtype.itemsize
 
 
 class Step(NamedTuple):
@@ -232,10 +264,10 @@ class Prepared:
 
 
 @lru_cache(1024)
-def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
+def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
     """The kernels, the tables and the sizes of a request whose input has these strides."""
-    seen, cut, room, target = work(request), way(request), _room(request), cpu.Target.host()
-    sides = depth, high, width = _sides(seen)
+    seen, room, target, form = work(request), _room(request, cut), cpu.Target.host(), cut.form
+    sides = depth, high, width = sides_of(seen)
     element = STORED[request.dtype]
     x_depth, x_row, x_col = (0,) * (3 - len(x_strides[2:])) + x_strides[2:]
     x_channel = x_strides[1] if seen.in_channels > 1 else 1
@@ -300,7 +332,7 @@ def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
         "weight_at": room.weight,
         "weight_group": room.weight_group,
         "weight_tile": room.weight_tile,
-        "weight_matrix": (cut.held if cut.apart else in_vectors) * _slab(cut.lanes, cut.vectors),
+        "weight_matrix": (cut.held if cut.apart else in_vectors * form.blocks) * _slab(cut.lanes, cut.vectors),
         "sum_matrix": room.sum_matrix,
     }
     tasks = {"weight": seen.groups * -(-seen.group_out // cut.lanes), "all": cut.tasks}
@@ -312,7 +344,7 @@ def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
         shape = kernels.Shape(
             element=element,
             lanes=cut.lanes,
-            tile=cut.tile,
+            tile=form.tile,
             taps=taps,
             source=source if reads else "",
             last=last and makes,
@@ -328,7 +360,7 @@ def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
         shares = max(min(request.threads, count), 1)
         numbers = {**sizes, "tasks": count, "shares": shares}
         settled = torch.tensor([*addresses, *(numbers[name] for name in kernels.SIZES)])
-        steps.append(Step(cpu.compile(kernels.text(shape), target), settled, shares))
+        steps.append(Step(cpu.compile(_text(shape, form), target), settled, shares))
     ready = Prepared(tuple(steps), tables)
     weigh(ready, tables.nbytes)
     return ready
@@ -337,9 +369,18 @@ def prepare(request: Request, x_strides: tuple[int, ...]) -> Prepared:
 on_forget(prepare.cache_clear)
 
 
+def _text(shape: kernels.Shape, form: Form) -> str:
+    if not form.fourier:
+        return kernels.text(shape)
+    depth, high, wide = shape.taps
+    taps = depth, high, form.tile[2] if form.blocks > 1 else wide
+    fields = {**vars(shape), "taps": taps}
+    return fourier.text(fourier.Rows(**fields, lengths=form.patch, blocks=form.blocks, kernel=wide))
+
+
 def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> tuple[Tensor, tuple[int, ...]]:
     """Which element each place of depth, rows and width shows, one table behind the other, and where each begins."""
-    counts = [tiles * m + side.kernel - 1 for tiles, m, side in zip(cut.tiles, cut.tile, sides, strict=True)]
+    counts = [(tiles - 1) * m + n for tiles, (m, n) in zip(cut.tiles, zip(*cut.form[:2], strict=True), strict=True)]
     counts[2] += room.length
     parts = [engine.shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
     return engine.joined(parts)
@@ -380,20 +421,28 @@ def growth(tile: tuple[int, ...], taps: tuple[int, ...]) -> float:
 
 def _error(request: Request) -> float:
     """Sums over channels, of numbers that are larger than the result."""
-    seen, cut = work(request), way(request)
-    taps = tuple(side.kernel for side in _sides(seen))
-    return growth(cut.tile, taps) * summation_error(seen.group_in + sum(_patch(seen, cut.tile)))
+    seen, form = work(request), way(request).form
+    taps = tuple(side.kernel for side in sides_of(seen))
+    return growth(form.tile, taps) * summation_error(seen.group_in + sum(form.patch))
 
 
 def _cost(request: Request) -> Cost:
-    """Cycles of the transforms and of the products, or memory, whichever is longer, and the calls."""
-    seen, cut, target = work(request), way(request), cpu.Target.host()
-    matrices, size = math.prod(_patch(seen, cut.tile)), request.dtype.itemsize
+    return cost(request, way(request), FORTH, BACK, WEIGHT)
+
+
+def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) -> Cost:
+    """Cycles of the transforms and of the products, or memory, whichever is longer, and the calls.
+
+    forth, back, weigh: cycles of the transforms, for each vector of each matrix.
+    """
+    seen, target = work(request), cpu.Target.host()
+    terms = seen.group_in * cut.form.blocks
+    matrices, size = cut.form.matrices, request.dtype.itemsize
     in_vectors, outputs = -(-seen.group_in // cut.lanes), -(-seen.group_out // cut.lanes)
     out_tiles = -(-outputs // cut.vectors)
     tiles = seen.batch * math.prod(cut.tiles)
-    weight = matrices * seen.group_in * out_tiles * cut.vectors * cut.lanes * size
-    patches = _room(request).patches * size
+    weight = matrices * terms * out_tiles * cut.vectors * cut.lanes * size
+    patches = _room(request, cut).patches * size
     product = PRODUCT if max(patches, 0 if cut.apart else weight) <= FAR_BYTES else FAR_PRODUCT
 
     def products(count: int) -> float:
@@ -401,28 +450,34 @@ def _cost(request: Request) -> Cost:
         whole, left = divmod(count, cut.scalars)
         steps = ((cut.scalars, whole), (kernels.SMALL, -(-left // kernels.SMALL)))
         return sum(
-            n * (seen.group_in * (product * max(scalars * cut.vectors, LEAST_SUMS) + STEP * cut.vectors) + TILE)
+            n * (terms * (product * max(scalars * cut.vectors, LEAST_SUMS) + STEP * cut.vectors) + TILE)
             for scalars, n in steps
         )
 
     each = max(cut.rows * cut.cols, 1)
     cycles = seen.groups * out_tiles * (tiles // each * products(each) + products(tiles % each))
-    cycles += seen.groups * tiles * (FORTH * in_vectors * cut.parts + BACK * outputs)
-    cycles += seen.groups * outputs * seen.group_in * (WEIGHT if cut.apart or weight <= FAR_BYTES else FAR_STORE)
+    cycles += seen.groups * tiles * (forth * in_vectors * cut.parts + back * outputs)
+    far = 0.0 if cut.apart or weight <= FAR_BYTES else FAR_STORE
+    cycles += seen.groups * outputs * terms * (weigh + far)
     register = cut.lanes * size * 8
     cycles *= matrices * engine.vector_cycles(register, target)
     busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
     moved = moved_bytes(request)
     memory = moved / (CACHED if moved < 16 << 20 else BYTES_PER_SECOND)
     seconds = max(cycles * busy / CYCLES_PER_SECOND, memory) + 2 * engine.launches_s(cut.shares)
-    multiplies = seen.groups * tiles * matrices * seen.group_in * seen.group_out
-    return Cost(multiplies, moved, sum(_workspace(request)), seconds)
+    multiplies = seen.groups * tiles * matrices * terms * seen.group_out
+    return Cost(multiplies, moved, sum(workspace(request, cut)), seconds)
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
-    ready, threads = prepare(request, tensors.first.stride()), request.threads
-    weight_bytes, patches_bytes, _ = _workspace(request)
+    return bind_cut(request, way(request), tensors)
+
+
+def bind_cut(request: Request, cut: Way, tensors: Tensors) -> Bound:
+    """The same, for a request that is cut already."""
+    ready, threads = prepare(request, cut, tensors.first.stride()), request.threads
+    weight_bytes, patches_bytes, _ = workspace(request, cut)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors

@@ -74,7 +74,7 @@ def last_of(tensor):
 
 
 def forget():
-    for cached in (winograd.way, winograd._room, winograd.prepare):
+    for cached in (winograd.way, winograd.cut_by, winograd._room, winograd.prepare):
         cached.cache_clear()
 
 
@@ -221,7 +221,7 @@ def test_a_new_size_compiles_nothing(last, monkeypatch):
     for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 200, 64), (8, 130, 131)]:
         asked = asked_for(f"n{n} c64 o64 x{h}x{w} k3x3 p1", channels_last=last)
         x = torch.empty(asked.problem.input_shape, device="meta")
-        winograd.prepare.__wrapped__(asked, (last_of(x) if last else x).stride())
+        winograd.prepare.__wrapped__(asked, winograd.way(asked), (last_of(x) if last else x).stride())
     assert len(texts) == 2
 
 
@@ -234,7 +234,7 @@ def test_the_sums_stay_in_registers(text, target, monkeypatch):
     forget()
     asked = asked_for(text)
     cut = winograd.way(asked)
-    winograd.prepare.__wrapped__(asked, torch.empty(asked.problem.input_shape, device="meta").stride())
+    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride())
     forget()
     code = cpu.assembly(texts[-1], target)
     blocks = [block for block in assembly.blocks(code) if assembly.products(block) >= cut.scalars * cut.vectors]
@@ -255,7 +255,7 @@ def test_the_error_that_is_stated(tile, most, positive, monkeypatch):
     forget()
     for channels in (4, 64, 512):
         asked = asked_for(f"n1 c{channels} o16 x12x12 k3x3 p1")
-        assert winograd.way(asked).tile == (1, tile, tile)
+        assert winograd.way(asked).form.tile == (1, tile, tile)
         tensors = given(asked, lambda *how: reals(*how).abs() if positive else reals(*how))
         error = result_of(ALGORITHM, asked, *tensors).double() - exact(asked, *tensors[:2])
         assert bool((error.abs() <= tolerance(ALGORITHM, asked, *tensors)).all())
@@ -334,7 +334,7 @@ def test_the_transposed_convolution(dims):
 def test_integers_come_out_nearly_whole():
     """F(2,3) has halves, and is exact on them; the sixths of F(4,3) are not."""
     asked = asked_for("n1 c4 o5 x2x2 k3x3 p1")
-    assert winograd.way(asked).tile == (1, 2, 2)
+    assert winograd.way(asked).form.tile == (1, 2, 2)
     tensors = given(asked, integers)
     assert torch.equal(result_of(ALGORITHM, asked, *tensors).double(), exact(asked, *tensors[:2]))
 
@@ -345,6 +345,6 @@ def test_the_slab_of_the_kernel_is_that_of_the_menu():
             asked = asked_for(WAYS["small"])
             cut = winograd.way(asked)._replace(lanes=lanes, vectors=vectors)
             shape = kernels.Shape(
-                "float", lanes, cut.tile, (1, 3, 3), "rows", False, 1, vectors, False, "all", 0, False, False, None
+                "float", lanes, cut.form.tile, (1, 3, 3), "rows", False, 1, vectors, False, "all", 0, False, False, None
             )
             assert shape.slab == winograd._slab(lanes, vectors)
