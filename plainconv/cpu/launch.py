@@ -1,12 +1,16 @@
-"""Run a kernel over its tasks, on torch's own threads.
+"""Run kernels over their tasks, on torch's own threads.
 
 [0, tasks) is cut into contiguous shares of equal size, one for each thread: the t-th of n gets
 
     [t * tasks / n, (t + 1) * tasks / n)
 
 A second pool beside torch's would fight it for the cores, so the OpenMP library that torch has loaded is asked for a
-team (GOMP_parallel).  A few lines of IR, compiled like any kernel, are what each thread of the team enters: Python is
-not involved, and the GIL is free.  The team may turn out smaller than asked: the lines ask how large it is.
+team (GOMP_parallel).  A few lines of IR, compiled like any kernel, are what Python calls, as a function of its own that
+takes whole numbers, and what each thread of the team enters: Python is not involved, and the GIL is free.  The team may
+turn out smaller than asked: the lines ask how large it is.
+
+To wake a team takes as long as a small kernel, so several jobs can have one: each thread does its share of one job
+after that of another, and waits for the others in between only where a job needs what was made before it.
 
 Where torch has no such library, and in the children of a fork, a few Python threads serve; libgomp would wait forever
 there for threads that only the parent has.  One thread, or one task, enters no pool at all.
@@ -23,47 +27,130 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
 
 import torch
 
 from plainconv.cpu.compile import Kernel, compile
 
-# args: GOMP_parallel, omp_get_thread_num, omp_get_num_threads, the kernel, its tasks, its args; end: threads to ask for
-_TEAM = """
-define internal void @share(ptr %args) {
-  %number.at = getelementptr i64, ptr %args, i64 1
-  %size.at = getelementptr i64, ptr %args, i64 2
-  %kernel.at = getelementptr i64, ptr %args, i64 3
-  %tasks.at = getelementptr i64, ptr %args, i64 4
-  %inner = getelementptr i64, ptr %args, i64 5
-  %number.fn = load ptr, ptr %number.at
-  %size.fn = load ptr, ptr %size.at
+# objects: whole numbers: GOMP_parallel, omp_get_thread_num, omp_get_num_threads, GOMP_barrier, threads to ask for, and
+# the jobs, each a kernel, its tasks, whether it waits, how many args it has, and these.
+_DOOR = """
+@_Py_NoneStruct = external global i8
+declare i64 @PyLong_AsLongLong(ptr)
+declare ptr @PyErr_Occurred()
+declare ptr @PyEval_SaveThread()
+declare void @PyEval_RestoreThread(ptr)
+declare void @Py_IncRef(ptr)
+
+define internal void @work(ptr %numbers, i64 %number, i64 %size) {
+entry:
+  %end = load i64, ptr %numbers
+  br label %loop
+loop:
+  %at = phi i64 [6, %entry], [%behind, %next]
+  %more = icmp slt i64 %at, %end
+  br i1 %more, label %job, label %done
+job:
+  %kernel.at = getelementptr i64, ptr %numbers, i64 %at
+  %tasks.at = getelementptr i64, ptr %kernel.at, i64 1
+  %waits.at = getelementptr i64, ptr %kernel.at, i64 2
+  %count.at = getelementptr i64, ptr %kernel.at, i64 3
+  %args = getelementptr i64, ptr %kernel.at, i64 4
   %kernel = load ptr, ptr %kernel.at
   %tasks = load i64, ptr %tasks.at
+  %waits = load i64, ptr %waits.at
+  %count = load i64, ptr %count.at
+  %header = add i64 %at, 4
+  %behind = add i64 %header, %count
+  %needs = icmp ne i64 %waits, 0
+  %several = icmp sgt i64 %size, 1
+  %meets = and i1 %needs, %several
+  br i1 %meets, label %meet, label %share
+meet:
+  %barrier.at = getelementptr i64, ptr %numbers, i64 4
+  %barrier = load ptr, ptr %barrier.at
+  call void %barrier()
+  br label %share
+share:
+  %after = add i64 %number, 1
+  %begin.of = mul i64 %number, %tasks
+  %end.of = mul i64 %after, %tasks
+  %first = sdiv i64 %begin.of, %size
+  %last = sdiv i64 %end.of, %size
+  %any = icmp slt i64 %first, %last
+  br i1 %any, label %run, label %next
+run:
+  call void %kernel(ptr %args, i64 %first, i64 %last)
+  br label %next
+next:
+  br label %loop
+done:
+  ret void
+}
+
+define internal void @member(ptr %numbers) {
+  %number.at = getelementptr i64, ptr %numbers, i64 2
+  %size.at = getelementptr i64, ptr %numbers, i64 3
+  %number.fn = load ptr, ptr %number.at
+  %size.fn = load ptr, ptr %size.at
   %number.32 = call i32 %number.fn()
   %size.32 = call i32 %size.fn()
   %number = sext i32 %number.32 to i64
   %size = sext i32 %size.32 to i64
-  %next = add i64 %number, 1
-  %before = mul i64 %number, %tasks
-  %behind = mul i64 %next, %tasks
-  %begin = sdiv i64 %before, %size
-  %end = sdiv i64 %behind, %size
-  call void %kernel(ptr %inner, i64 %begin, i64 %end)
+  call void @work(ptr %numbers, i64 %number, i64 %size)
   ret void
 }
 
-define void @kernel(ptr %args, i64 %begin, i64 %end) {
-  %parallel = load ptr, ptr %args
-  %threads = trunc i64 %end to i32
-  call void %parallel(ptr @share, ptr %args, i32 %threads, i32 0)
-  ret void
+define ptr @kernel(ptr %self, ptr %objects, i64 %count) {
+entry:
+  %end = add i64 %count, 1
+  %numbers = alloca i64, i64 %end
+  store i64 %end, ptr %numbers
+  br label %loop
+loop:
+  %i = phi i64 [0, %entry], [%next, %loop]
+  %next = add i64 %i, 1
+  %object.at = getelementptr ptr, ptr %objects, i64 %i
+  %object = load ptr, ptr %object.at
+  %number = call i64 @PyLong_AsLongLong(ptr %object)
+  %to = getelementptr i64, ptr %numbers, i64 %next
+  store i64 %number, ptr %to
+  %more = icmp slt i64 %next, %count
+  br i1 %more, label %loop, label %read
+read:
+  %error = call ptr @PyErr_Occurred()
+  %fine = icmp eq ptr %error, null
+  br i1 %fine, label %enter, label %fail
+fail:
+  ret ptr null
+enter:
+  %state = call ptr @PyEval_SaveThread()
+  %threads.at = getelementptr i64, ptr %numbers, i64 5
+  %threads = load i64, ptr %threads.at
+  %several = icmp sgt i64 %threads, 1
+  br i1 %several, label %team, label %alone
+team:
+  %parallel.at = getelementptr i64, ptr %numbers, i64 1
+  %parallel = load ptr, ptr %parallel.at
+  %threads.32 = trunc i64 %threads to i32
+  call void %parallel(ptr @member, ptr %numbers, i32 %threads.32, i32 0)
+  br label %leave
+alone:
+  call void @work(ptr %numbers, i64 0, i64 1)
+  br label %leave
+leave:
+  call void @PyEval_RestoreThread(ptr %state)
+  call void @Py_IncRef(ptr @_Py_NoneStruct)
+  ret ptr @_Py_NoneStruct
 }
 """
+
+
+# A kernel, its args, how many tasks it has, and whether it waits until the jobs before it are done.
+Job = tuple[Kernel, Sequence[int], int, bool]
 
 
 def launch(kernel: Kernel, args: Sequence[int], tasks: int, threads: int) -> None:
@@ -71,46 +158,95 @@ def launch(kernel: Kernel, args: Sequence[int], tasks: int, threads: int) -> Non
 
     The caller says how many (torch.get_num_threads(), as a rule), and keeps alive what the pointers in `args` point to.
     """
-    if threads <= 1 or tasks <= 1:
-        if tasks > 0:
-            kernel.call(_packer(len(args)).pack(*args), 0, tasks)
+    if tasks <= 0:
         return
-    threads = min(threads, tasks)
-    team = None if _forked else _team()
-    if team is None:
-        _helpers.run(kernel, _packer(len(args)).pack(*args), tasks, threads)
-        return
-    packed = _packer(5 + len(args)).pack(*team.functions, kernel.address, tasks, *args)
-    team.kernel.call(packed, 0, threads)
+    if threads > tasks:
+        threads = tasks
+    door, team = _door(), _team_here() if threads > 1 else _ALONE
+    if door is None or team is None:
+        _without_team(kernel, args, tasks, threads)
+    else:
+        door(*team, threads, kernel.address, tasks, 0, len(args), *args)
 
 
-@functools.cache
-def _packer(count: int) -> struct.Struct:
-    """Makes an array of i64, as kernels want it; the cheapest way from Python."""
-    return struct.Struct(f"{count}q")
+def launch_all(jobs: Sequence[Job], threads: int) -> None:
+    """The same for several jobs, by one team: a thread begins a job when it has done its share of the one before, or,
+    if the job waits, when all have."""
+    numbers: list[int] = []
+    most = 0
+    for kernel, args, tasks, waits in jobs:
+        numbers += (kernel.address, tasks, waits, len(args))
+        numbers += args
+        if tasks > most:
+            most = tasks
+    if threads > most:
+        threads = most
+    door, team = _door(), _team_here() if threads > 1 else _ALONE
+    if door is None or team is None:
+        for kernel, args, tasks, _ in jobs:
+            _without_team(kernel, args, tasks, threads)
+    else:
+        door(*team, threads, *numbers)
 
 
 def pool() -> str:
     """Whose threads `launch` uses: "OpenMP" (torch's own) or "Python"."""
-    return "Python" if _forked or _team() is None else "OpenMP"
+    return "OpenMP" if _team_here() else "Python"
+
+
+# -- from Python to machine code -------------------------------------------------------------------------------------
+
+
+class _Method(ctypes.Structure):
+    """Python's description of a function that is machine code: PyMethodDef."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_FASTCALL = 0x80  # METH_FASTCALL: self, an array of objects, how many
+_keeps: list[object] = []  # what the function below is made of
+
+
+@functools.cache
+def _door() -> Callable[..., None] | None:
+    """The lines above as a function of Python's; None where they find no Python to call.
+
+    ctypes takes four times as long to call them.
+    """
+    try:
+        kernel = compile(_DOOR)
+        make = ctypes.pythonapi.PyCFunction_NewEx
+    except (RuntimeError, AttributeError):
+        return None
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    method = _Method(b"launch", kernel.address, _FASTCALL, None)
+    _keeps.extend((kernel, method))
+    door: Callable[..., None] = make(ctypes.addressof(method), None, None)
+    return door
 
 
 # -- torch's OpenMP --------------------------------------------------------------------------------------------------
 
+_Team = tuple[int, int, int, int]  # addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads, GOMP_barrier
+_ALONE: _Team = (0, 0, 0, 0)
 
-class _Team(NamedTuple):
-    kernel: Kernel
-    functions: tuple[int, int, int]
+
+def _team_here() -> _Team | None:
+    return None if _forked else _team()
 
 
 @functools.cache
 def _team() -> _Team | None:
-    functions = _openmp()
-    return functions and _Team(compile(_TEAM), functions)
+    return _openmp() if _door() else None
 
 
-def _openmp() -> tuple[int, int, int] | None:
-    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the library that torch uses."""
+def _openmp() -> _Team | None:
+    """Those of the library that torch uses."""
     if os.name != "posix" or not torch.backends.openmp.is_available():
         return None
     # As the dynamic linker found them for torch: first what all of the process sees (LD_PRELOAD may have put another
@@ -119,16 +255,25 @@ def _openmp() -> tuple[int, int, int] | None:
     for path in (None, str(folder / "libtorch_cpu.so"), str(folder / "libtorch_cpu.dylib")):
         try:
             library = ctypes.CDLL(path, mode=ctypes.DEFAULT_MODE | os.RTLD_NOLOAD)
-            functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+            asked = library.omp_get_thread_num, library.omp_get_num_threads
+            functions = library.GOMP_parallel, *asked, library.GOMP_barrier
         except (OSError, AttributeError):
             continue
-        first, second, third = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
-        if first and second and third:
-            return first, second, third
+        parallel, number, size, barrier = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+        if parallel and number and size and barrier:
+            return parallel, number, size, barrier
     return None
 
 
 # -- the fallback ----------------------------------------------------------------------------------------------------
+
+
+def _without_team(kernel: Kernel, args: Sequence[int], tasks: int, threads: int) -> None:
+    packed = struct.pack(f"{len(args)}q", *args)
+    if min(threads, tasks) > 1:
+        _helpers.run(kernel, packed, tasks, min(threads, tasks))
+    elif tasks > 0:
+        kernel.call(packed, 0, tasks)
 
 
 class _Job:

@@ -17,7 +17,7 @@ from torch import Tensor
 from plainconv.cpu import channels, groups
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch_all
 from plainconv.menu import engine
 from plainconv.menu.base import Bound, Cost, Tensors
 from plainconv.menu.engine import STORED, Side, folded
@@ -283,9 +283,11 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         given = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), 0 if bias is None else bias.data_ptr())
         added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
         past = streams and made % channels.LINE == 0
-        for ready, first, behind in bound:
-            pointers = (*given, added + first * size, made + first * size)
-            launch(ready.kernel, (*pointers, *behind, past), ready.tasks, threads)
+        jobs = [  # no two write to the same place
+            (ready.kernel, (*given, added + first * size, made + first * size, *behind, past), ready.tasks, False)
+            for ready, first, behind in bound
+        ]
+        launch_all(jobs, threads)
 
     return call
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense, gather, pack
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import Job, launch_all
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, Axis, Work, elements, inside, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
@@ -117,17 +117,16 @@ def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
 
 
 class Packs(NamedTuple):
-    """The kernel that packs a tensor, with its arguments, and the bytes that it writes."""
+    """The kernel that packs a tensor, with its arguments, and the bytes of scratch memory that it fills."""
 
     kernel: cpu.Kernel
     sizes: tuple[int, ...]
     tasks: int
     bytes: int
 
-    def run(self, tensor: int, scratch: int, threads: int) -> int:
-        """Pack what lies there; where scratch memory goes on."""
-        launch(self.kernel, (tensor, scratch, *self.sizes), self.tasks, engine.movers(self.bytes, threads))
-        return scratch + padded(self.bytes, ALIGNMENT)
+    def job(self, tensor: int, scratch: int) -> Job:
+        """Pack what lies there."""
+        return self.kernel, (tensor, scratch, *self.sizes), self.tasks, False
 
 
 def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
@@ -137,7 +136,7 @@ def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
     kernel = cpu.compile(pack.text(shape), cpu.Target.host())
     sizes |= {"runs": runs, "splits": splits}
     tasks = sizes["groups"] * splits * (1 if shape.lay == "copied" else runs)
-    return Packs(kernel, tuple(sizes[name] for name in pack.SIZES), tasks, bytes_)
+    return Packs(kernel, tuple(sizes[name] for name in pack.SIZES), tasks, padded(bytes_, ALIGNMENT))
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,7 +494,9 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     copies_bias = bias is not None and not bias.is_contiguous()
     w_strides = w.contiguous().stride() if copies_w else w.stride()
     ready = prepare(seen, x.stride(), w_strides, channels_inside)
-    settled, threads, places = ready.settled.data_ptr(), request.threads, is_.places
+    settled, places = ready.settled.data_ptr(), is_.places
+    packed = sum(packs.bytes for packs in (ready.weight, ready.images) if packs is not None)
+    threads = request.threads if ready.shares > 1 else engine.movers(packed, request.threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
@@ -505,10 +506,13 @@ def bind(request: Request, tensors: Tensors) -> Bound:
             bias = bias.contiguous()
         scratch, weight = workspace.data_ptr(), w.data_ptr()
         pixels = x.data_ptr()
+        jobs: list[Job] = []
         if ready.weight is not None:
-            weight, scratch = scratch, ready.weight.run(weight, scratch, threads)
+            jobs.append(ready.weight.job(weight, scratch))
+            weight, scratch = scratch, scratch + ready.weight.bytes
         if ready.images is not None:
-            pixels, scratch = scratch, ready.images.run(pixels, scratch, threads)
+            jobs.append(ready.images.job(pixels, scratch))
+            pixels, scratch = scratch, scratch + ready.images.bytes
         pointers = (
             pixels,
             weight,
@@ -519,6 +523,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
             scratch,
             settled,
         )
-        launch(ready.kernel, pointers, ready.shares, threads)
+        jobs.append((ready.kernel, pointers, ready.shares, bool(jobs)))
+        launch_all(jobs, threads)
 
     return call

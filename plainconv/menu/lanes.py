@@ -24,7 +24,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch_all
 from plainconv.menu import engine
 from plainconv.menu.base import Bound, Buffer, Cost, Tensors, carve, compute_dtype, moved_bytes, workspace_bytes
 from plainconv.menu.engine import STORED, Side, folded
@@ -372,9 +372,11 @@ def bind(request: Request, tensors: Tensors, choose: Choose) -> Bound:
             w, bias = w_room.copy_(w), None if bias is None else bias_room.copy_(bias)
         given = (x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr())
         added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
-        for ready, first, behind in bound:
-            pointers = (*given, added + first * size, made + first * size)
-            launch(ready.kernel, (*pointers, *behind), ready.tasks, threads)
+        jobs = [  # no two write to the same place
+            (ready.kernel, (*given, added + first * size, made + first * size, *behind), ready.tasks, False)
+            for ready, first, behind in bound
+        ]
+        launch_all(jobs, threads)
 
     return call
 

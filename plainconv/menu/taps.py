@@ -19,7 +19,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import taps
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch_all
 from plainconv.menu import engine
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.engine import STORED, Side, folded, padded, summed
@@ -406,8 +406,11 @@ def filling(ready: Prepared, threads: int) -> Bound:
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, y, bias, _ = tensors
         sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
-        launch(ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, threads)
-        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, threads)
+        jobs = (
+            (ready.kernel, (x.data_ptr(), y.data_ptr(), sums, settled), ready.shares, False),
+            (ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, True),
+        )
+        launch_all(jobs, threads)
 
     return call
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import gather, weights
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch_all
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, elements, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
@@ -364,13 +364,18 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
-    settled, adders = ready.settled.data_ptr(), engine.movers(ready.sums_bytes, threads)
+    if ready.shares == 1:  # and few sums to add
+        threads = engine.movers(ready.sums_bytes, threads)
+    settled = ready.settled.data_ptr()
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, y, bias, _ = tensors
         sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
         pointers = (x.data_ptr(), y.data_ptr(), sums, sums + ready.sums_bytes, settled)
-        launch(ready.kernel, pointers, ready.shares, threads)
-        launch(ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, adders)
+        jobs = (
+            (ready.kernel, pointers, ready.shares, False),
+            (ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, True),
+        )
+        launch_all(jobs, threads)
 
     return call

@@ -11,7 +11,7 @@ import torch
 
 from plainconv.cpu import launch as launcher
 from plainconv.cpu.compile import Kernel, compile
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch, launch_all
 
 # Adds 1 + scale to y[i] for each task, notes in shares[begin] where the share that begins there ends, and calls.
 MARK = """
@@ -100,6 +100,74 @@ def run(tasks: int, threads: int, scale: int = 4) -> list[tuple[int, int]]:
 @pytest.mark.usefixtures("threads_of")
 def test_shares_are_contiguous_and_equal(tasks, threads, shares):
     assert run(tasks, threads) == shares
+
+
+# z[i] = y[tasks - 1 - i] + 1, after a while: what another thread has made.
+TURN = """
+define void @kernel(ptr %args, i64 %begin, i64 %end) {
+entry:
+  %z.at = getelementptr i64, ptr %args, i64 1
+  %last.at = getelementptr i64, ptr %args, i64 2
+  %slow.at = getelementptr i64, ptr %args, i64 3
+  %y = load ptr, ptr %args
+  %z = load ptr, ptr %z.at
+  %last = load i64, ptr %last.at
+  %slow = load i64, ptr %slow.at
+  %late = icmp eq i64 %begin, 0
+  br i1 %late, label %wait, label %loop
+wait:
+  %w = phi i64 [0, %entry], [%w.next, %wait]
+  %w.next = add i64 %w, 1
+  %seen = load volatile i64, ptr %slow.at
+  %waiting = icmp slt i64 %w.next, %seen
+  br i1 %waiting, label %wait, label %loop
+loop:
+  %i = phi i64 [%begin, %entry], [%begin, %wait], [%next, %loop]
+  %from = sub i64 %last, %i
+  %y.at = getelementptr i64, ptr %y, i64 %from
+  %old = load i64, ptr %y.at
+  %new = add i64 %old, 1
+  %to = getelementptr i64, ptr %z, i64 %i
+  store i64 %new, ptr %to
+  %next = add i64 %i, 1
+  %more = icmp slt i64 %next, %end
+  br i1 %more, label %loop, label %done
+done:
+  ret void
+}
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.usefixtures("threads_of")
+def test_a_job_that_waits_reads_what_all_threads_made(threads):
+    """The first thread is slow in each job, and the last one reads what that makes."""
+    rows = torch.zeros(9, 30, dtype=torch.int64)
+    jobs = [
+        (compile(TURN), (row.data_ptr(), row.data_ptr() + row.nbytes, 29, 100_000), 30, number > 0)
+        for number, row in enumerate(rows[:-1])
+    ]
+    for _ in range(20):
+        rows.fill_(-100)
+        rows[0] = 0
+        launch_all(jobs, threads)
+        assert rows.tolist() == [[number] * 30 for number in range(9)]
+
+
+@pytest.mark.usefixtures("threads_of")
+def test_jobs_of_any_number_of_tasks():
+    y, shares = torch.zeros(3, 8, dtype=torch.int64), torch.full((3, 8), -1)
+    tasks = (7, 0, 1)
+    jobs = [(compile(MARK), (y[i].data_ptr(), shares[i].data_ptr(), i), n, i == 2) for i, n in enumerate(tasks)]
+    launch_all(jobs, 2)
+    assert y.tolist() == [[i + 1] * n + [0] * (8 - n) for i, n in enumerate(tasks)]
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(TypeError):
+        launch(compile(MARK), ("1", 2, 3), 1, 1)
+    with pytest.raises(OverflowError):
+        launch(compile(MARK), (1 << 64, 2, 3), 1, 1)
 
 
 @pytest.mark.usefixtures("threads_of")
