@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from plainconv import ops, settings
@@ -267,16 +268,21 @@ def _call(
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
-    if not torch.compiler.is_compiling() and (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
+    if not torch.compiler.is_compiling():
         key = _key(function, input, weight, bias, options)
-        ready = _READY.get(key)
-        if ready is None:
+        for fits, run, recorded in _READY.get(key, ()):
+            fitting = fits(input, weight) if bias is None else fits(input, weight, bias)
+            if fitting and forward_ad._current_level < 0:
+                return recorded(input, weight, bias) if torch.is_grad_enabled() else run(input, weight, bias)
+        if (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
             first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
             call = ops.ready(first, weight, bias, make)
-            ready = tuple(run if batched else _unbatched(run) for run in (call.run, call.recorded))
+            run, recorded = (way if batched else _unbatched(way) for way in (call.run, call.recorded))
             if key is not None:
-                ops.remember(_READY, key, ready)
-        return ready[watch is ops.Watch.GRADIENT](input, weight, bias)
+                given = (input, weight) if bias is None else (input, weight, bias)
+                asks = any(tensor.requires_grad for tensor in given)
+                ops.remember(_READY, key, (ops.guard(*given), run, recorded if asks else run))
+            return recorded(input, weight, bias) if watch is ops.Watch.GRADIENT else run(input, weight, bias)
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
@@ -285,33 +291,28 @@ def _call(
 
 
 _Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_READY: dict[Any, tuple[_Run, ...]] = {}  # for tensors that lie alike: the plain call, and the one with gradients
+_Fits = Callable[..., bool]
+# Of calls that are alike in what the key says: what tells them apart, the plain call, and the one with gradients.
+_READY: dict[Any, tuple[tuple[_Fits, _Run, _Run], ...]] = {}
 on_forget(_READY.clear)
 
 
 def _key(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> Any:
-    """All that a plain call depends on but the values in its tensors; None if that cannot be said."""
+    """All that a plain call depends on but its tensors, and sizes to find it by; None if that cannot be said."""
     try:
-        written = dumps(options, 2)
-    except ValueError:  # something else than numbers, text, lists and tuples
+        return (
+            function,
+            input.shape,
+            weight.shape,
+            bias is None,
+            dumps(options, 2),  # what Python calls equal it keeps apart: 1, 1.0 and True
+            settings.current,
+            torch.get_num_threads(),
+        )
+    except (ValueError, AttributeError, RuntimeError):  # options beyond numbers, text, lists and tuples; or no tensors
         return None
-    return (
-        function,
-        input.shape,
-        weight.shape,
-        input.stride(),
-        weight.stride(),
-        input.dtype,
-        weight.dtype,
-        input.get_device(),
-        weight.get_device(),
-        bias if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
-        written,
-        settings.current,
-        torch.get_num_threads(),
-    )
 
 
 def _unbatched(run: _Run) -> _Run:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu  # type: ignore[attr-defined]
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
@@ -163,6 +164,17 @@ def watching(first: Tensor, second: Tensor, bias: Tensor | None) -> Watch:
     return Watch.NOTHING
 
 
+def guard(*tensors: Tensor) -> Callable[..., bool]:
+    """What says of tensors whether all that a call depends on, but their values, is as it is now for these.
+
+    That is type, dtype, device, sizes, strides, requires_grad and dispatch keys of each, and what torch dispatches by
+    in this thread: modes, transforms, autocast, inference mode, tracing.  Not in it: whether gradients are enabled, and
+    a level of forward AD.  torch.compile guards its graphs by it, and one look is all it takes.
+    """
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
+
+
 class Call:
     """A call for tensors of certain sizes, strides and types, with all that depends on them looked up.
 
@@ -179,23 +191,33 @@ class Call:
     def recorded(self, first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         return _record(first, second, bias, self)
 
-    def gradients(self, first: Tensor, second: Tensor, cotangent: Tensor, wanted: tuple[bool, ...]) -> list[Any]:
-        """Those of the first two and of the bias that are wanted, else None; nothing may watch."""
-        given = first, second, cotangent
+    def backward(self, given: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...]) -> _Backward | None:
+        """What was prepared for calls like this, and for the same gradients."""
+        for ready in _BACKWARD.get((self, wanted, torch.get_num_threads()), ()):
+            if ready.fits(*given):
+                return ready
+        return None
+
+    def prepare(self, given: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...]) -> _Backward:
+        """What makes those of the gradients of the first two and of the bias that are wanted, out of the first two and
+        the cotangent; nothing may watch."""
         # What was saved for backward may lie otherwise than what was given: hooks pack and unpack it.
-        lies = first.stride(), second.stride(), cotangent.stride()
-        key = self, lies, wanted, torch.get_num_threads()
-        bias = cotangent.new_empty(cotangent.shape[1]) if wanted[2] else None
+        first, second, cotangent = given
+        regular = first, second, _as_regular(cotangent, self.make.channels_last)
         # What a forward call added to y has its gradient made beside that of w.
-        beside = None, bias if wanted[1] and self.make.direction is Direction.FORWARD else None
-        ready = _GRADIENTS.get(key)
-        if ready is None:
-            ready = [self._gradient(i, given, beside[i]) if wanted[i] else None for i in range(2)]
-            remember(_GRADIENTS, key, ready)
-        made = [each and each[0](given[each[1]], given[each[2]], beside[i]) for i, each in enumerate(ready)]
-        if bias is not None and beside[1] is None:
-            sum_for_bias(cotangent, bias)
-        return [*made, bias]
+        beside = wanted[1] and wanted[2] and self.make.direction is Direction.FORWARD
+        bias = cotangent.new_empty(cotangent.shape[1]) if beside else None
+        ready = _Backward(
+            guard(*given),
+            self._gradient(0, regular, None) if wanted[0] else None,
+            self._gradient(1, regular, bias) if wanted[1] else None,
+            wanted[2],
+            beside,
+            0 in cotangent.stride(),
+            self.make.channels_last,
+        )
+        remember(_BACKWARD, (self, wanted, torch.get_num_threads()), ready)
+        return ready
 
     def _gradient(self, of: int, given: Sequence[Tensor], bias: Tensor | None) -> tuple[_Run, int, int]:
         """What makes the gradient of one of the two, and which two of those given it is made out of."""
@@ -211,6 +233,37 @@ class Call:
         return self._derivatives[role]
 
 
+class _Backward(NamedTuple):
+    """The gradients of a call; each of the two is made by a call of two of those given."""
+
+    fits: Callable[..., bool]
+    first: tuple[_Run, int, int] | None
+    second: tuple[_Run, int, int] | None
+    bias: bool
+    beside: bool  # whether the bias' is made beside the second's
+    expanded: bool
+    channels_last: bool
+
+    def make(self, given: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of the first two and of the bias that are wanted, else None."""
+        _, first, second, has_bias, beside, expanded, channels_last = self
+        cotangent = given[2]
+        if expanded:
+            cotangent = _regular(cotangent, channels_last)
+            given = (*given[:2], cotangent)
+        bias = cotangent.new_empty(cotangent.shape[1]) if has_bias else None
+        of_first = of_second = None
+        if first is not None:
+            run, a, b = first
+            of_first = run(given[a], given[b], None)
+        if second is not None:
+            run, a, b = second
+            of_second = run(given[a], given[b], bias if beside else None)
+        if bias is not None and not beside:
+            sum_for_bias(cotangent, bias)
+        return of_first, of_second, bias
+
+
 def _remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
     """Sizes become a problem, the problem a plan, and that a call: once for tensors that lie alike."""
     lies = None if bias is None else bias.stride()
@@ -219,7 +272,9 @@ def _remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) 
     call = _READY.get(key)
     if call is None:
         call = ready(first, second, bias, make)
-        remember(_READY, key, call)
+        if len(_READY) >= MOST_READY:
+            _READY.clear()
+        _READY[key] = call
     return call
 
 
@@ -228,9 +283,10 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
     asked = request(make, first, second, bias, make.direction)
     chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
-    shape, strides, dtype, device = empty.shape, empty.stride(), first.dtype, first.device
-    how = (tuple(shape), strides)
-    large = device.type == "cpu" and empty.nbytes >= LARGE
+    shape, strides, dtype, device = tuple(empty.shape), empty.stride(), first.dtype, first.device
+    how = (shape, strides)
+    on_cpu = device.type == "cpu"
+    large = on_cpu and empty.nbytes >= LARGE
     if 0 in (*shape, *first.shape, *second.shape):
 
         def of_nothing(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
@@ -247,25 +303,36 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
     fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-        out = lent(*how, dtype) if large else torch.empty_strided(*how, dtype=dtype, device=device)
-        fill(Tensors(first, second, bias) if regular else Tensors(_regular(first), _regular(second), bias), out)
+        if large:
+            out = lent(*how, dtype)
+        elif on_cpu:
+            out = _empty_strided_cpu(shape, strides, dtype)
+        else:
+            out = torch.empty_strided(*how, dtype=dtype, device=device)
+        if not regular:
+            first, second = _regular(first), _regular(second)
+        fill(_new(Tensors, (first, second, bias, None)), out)
         return out
 
     return Call(make, run)
 
 
-MOST_READY = 1024  # calls that are remembered, here and at the door
+_new = tuple.__new__  # without a name for each element: half of the time
+
+
+MOST_READY = 1024  # kinds of call that are remembered, here and at the door
+MOST_ALIKE = 8  # of a kind, calls that guards tell apart
 _READY: dict[Any, Call] = {}
-_GRADIENTS: dict[Any, list[tuple[_Run, int, int] | None]] = {}
+_BACKWARD: dict[Any, tuple[_Backward, ...]] = {}
 on_forget(_READY.clear)
-on_forget(_GRADIENTS.clear)
+on_forget(_BACKWARD.clear)
 
 
-def remember(memory: dict[Any, _Kept], key: Any, call: _Kept) -> None:
+def remember(memory: dict[Any, tuple[_Kept, ...]], key: Any, call: _Kept) -> None:
     """Keep a call for the next of its kind; a full memory starts anew."""
     if len(memory) >= MOST_READY:
         memory.clear()
-    memory[key] = call
+    memory[key] = (call, *memory.get(key, ())[: MOST_ALIKE - 1])
 
 
 def _empty(like: Tensor, make: Make) -> Tensor:
@@ -315,11 +382,12 @@ def _regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
     return tensor.contiguous(memory_format=_FORMATS[tensor.dim()] if channels_last else torch.contiguous_format)
 
 
-def _as_regular(tensor: Tensor) -> Tensor:
+def _as_regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
     """What lies as the same would, without its values: nothing is copied to learn how."""
     if 0 not in tensor.stride():
         return tensor
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    like = _FORMATS[tensor.dim()] if channels_last else torch.contiguous_format
+    return torch.empty_like(tensor, memory_format=like)
 
 
 # -- autocast --------------------------------------------------------------------------------------------------------
@@ -356,13 +424,17 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        first, second = ctx.saved_tensors
         call: Call = ctx.call
-        if watching(first, second, cotangent) is not Watch.NOTHING or first.is_complex():
-            ctx.make, ctx.derivative = call.make, call.derivative
-            return _gradients(ctx, cotangent)
+        given = (*ctx.saved_tensors, cotangent)
         wanted = (*_wanted(ctx), False)[:3]  # no bias, no node
-        return *call.gradients(first, second, _regular(cotangent, call.make.channels_last), wanted), None
+        unwatched = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        ready = call.backward(given, wanted) if unwatched else None
+        if ready is None:
+            if watching(*given) is not Watch.NOTHING or cotangent.is_complex():
+                ctx.make, ctx.derivative = call.make, call.derivative
+                return _gradients(ctx, cotangent)
+            ready = call.prepare(given, wanted)
+        return *ready.make(given), None
 
 
 # Function.apply looks for transforms, which `watching` has done.

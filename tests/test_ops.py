@@ -26,6 +26,7 @@ directions = pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda directi
 @contextlib.contextmanager
 def ways():
     """A list of the answers of the predicate: True where a call went the plain way."""
+    plans.forget()  # a call that is remembered is not looked at again
     answers, real = [], ops.watching
 
     def watched(*tensors):
@@ -43,7 +44,9 @@ def always_plain():
     """What would happen without the predicate."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "watching", lambda *tensors: ops.Watch.NOTHING)
+        plans.forget()
         yield
+    plans.forget()
 
 
 class Seen(TorchDispatchMode):

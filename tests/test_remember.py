@@ -77,7 +77,7 @@ def test_a_call_goes_on_when_all_is_forgotten_meanwhile():
     x, w = torch.randn(1, 2, 5000), torch.randn(3, 2, 3)
     expected = torch.nn.functional.conv1d(torch.nn.functional.pad(x, (1, 1), "reflect"), w)
     plainconv.conv1d(x, w, padding=1, padding_mode="reflect", algorithm="direct")
-    ((call, *_),) = functional._READY.values()
+    (((_, call, _),),) = functional._READY.values()
     remember.forget()
     gc.collect()
     junk = [torch.full((5100,), -1, dtype=torch.int64) for _ in range(50)]  # where the tables were, if they were freed

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import channels_last, spread
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plainconv
 from plainconv import functional, ops
@@ -110,3 +113,80 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     plans.forget()
     assert not functional._READY
     assert not ops._READY
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func is plainconv.conv2d else func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return True if func is plainconv.conv2d else super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _dual(x, w):
+    with forward_ad.dual_level():
+        y = plainconv.conv2d(forward_ad.make_dual(x, x), w)
+        return [part.clone() for part in forward_ad.unpack_dual(y)]
+
+
+def _within(context, x, w):
+    with context:
+        return plainconv.conv2d(x, w)
+
+
+def _traced(x, w):
+    return torch.jit.trace(lambda t: plainconv.conv2d(t, w) + 1, (x,), check_trace=False)(x * 2)
+
+
+def _twice(x, w):
+    leaf = w.clone().requires_grad_()
+    (once,) = torch.autograd.grad((plainconv.conv2d(x, leaf) ** 3).sum(), leaf, create_graph=True)
+    return torch.autograd.grad(once.sum(), leaf)
+
+
+CHANGES = {
+    "autocast": lambda x, w: _within(torch.autocast("cpu", torch.bfloat16), x, w),
+    "inference mode": lambda x, w: _within(torch.inference_mode(), x, w),
+    "made in inference mode": lambda x, w: plainconv.conv2d(torch.inference_mode()(x.clone)(), w),
+    "function mode": lambda x, w: _within(Mode(), x, w),
+    "dispatch mode": lambda x, w: _within(Operators(), x, w),
+    "subclass": lambda x, w: plainconv.conv2d(x.as_subclass(Subclass), w),
+    "negative bit": lambda x, w: plainconv.conv2d(torch._neg_view(x), w),
+    "requires grad": lambda x, w: plainconv.conv2d(x, w.clone().requires_grad_()).grad_fn is not None,
+    "requires grad, but disabled": lambda x, w: _within(torch.no_grad(), x.clone().requires_grad_(), w).grad_fn is None,
+    "parameter": lambda x, w: plainconv.conv2d(x, torch.nn.Parameter(w)).grad_fn is not None,
+    "vmap": lambda x, w: torch.func.vmap(plainconv.conv2d, (0, None))(torch.stack([x, x + 1]), w),
+    "vmap over others": lambda x, w: torch.func.vmap(lambda t: t + plainconv.conv2d(x, w))(torch.zeros(2, 1)),
+    "grad": lambda x, w: torch.func.grad(lambda t: plainconv.conv2d(t, w).sum())(x),
+    "jvp": lambda x, w: torch.func.jvp(lambda t: plainconv.conv2d(t, w), (x,), (x,)),
+    "forward AD": _dual,
+    "trace": _traced,
+    "double": lambda x, w: plainconv.conv2d(x.double(), w.double()),
+    "channels_last": lambda x, w: plainconv.conv2d(channels_last(x), w).stride(),
+    "meta": lambda x, w: plainconv.conv2d(x.to("meta"), w.to("meta")).is_meta,
+    "gradient of a gradient": _twice,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_remembered_call_must_not_serve(change):
+    """After plain calls of the same sizes, each answers as it does when nothing is remembered."""
+    x, w = torch.randn(X), torch.randn(W)
+    first = CHANGES[change](x, w)
+    plans.forget()
+    plain = plainconv.conv2d(x, w)
+    leaf = w.clone().requires_grad_()
+    plainconv.conv2d(x, leaf).sum().backward()
+    with torch.no_grad():
+        plainconv.conv2d(x, leaf)
+    torch.testing.assert_close(CHANGES[change](x, w), first, rtol=0, atol=0)
+    assert torch.equal(plainconv.conv2d(x, w), plain)
+    assert functional._READY, "the plain ones were remembered"
