@@ -292,7 +292,7 @@ def test_no_convolution_of_torchs_is_called_forward_or_backward(name, algorithm)
     x, w, b, groups = sample(name, algorithm)
     with NoConvolutionOfTorchs():
         result = getattr(plainconv, name)(x, w, b, groups=groups, padding=1, algorithm=algorithm)
-        if algorithm in (*FORWARD_ONLY, "winograd"):
+        if algorithm in FORWARD_ONLY:
             return
         gradients = torch.autograd.grad(result.square().sum(), (x, w, b), create_graph=True)
         sum(gradient.square().sum() for gradient in gradients[:2]).backward()

@@ -19,7 +19,7 @@ writes the weight.  Who computes what depends on the number of shares alone, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -332,6 +332,18 @@ def total(shape: Shape) -> str:
     e = Emit(shape.lanes, shape.element, shape.native)
     given = e.arguments(*("ptr",) * len(TOTAL_POINTERS), *("i64",) * len(TOTAL_SIZES))
     of = dict(zip((*TOTAL_POINTERS, *TOTAL_SIZES), given, strict=True))
+
+    def task(i: Value, _: list[Value]) -> Sequence[Value]:
+        number = e.begin + i
+        write(e, of, shape, number, e.at(of["sums"], number * of["unit"]))
+        return []
+
+    e.loop(e.end - e.begin, [], task)
+    return e.module()
+
+
+def write(e: Emit, of: Mapping[str, Value], shape: Shape, number: Value, sums: Value) -> None:
+    """A unit's part of the weight, and of the bias, from its sums; `of` has TOTAL_SIZES, "w" and "bias"."""
     lanes = shape.lanes
 
     def added(sums: Value, places: list[Value]) -> list[Value]:
@@ -343,46 +355,39 @@ def total(shape: Shape) -> str:
 
         return e.loop(of["chunks"] - 1, [e.load(sums, place) for place in places], chunk)
 
-    def task(i: Value, _: list[Value]) -> Sequence[Value]:
-        number = e.begin + i
-        which, tile = number // of["tiles"], number % of["tiles"]
-        group, block = which // of["channel_blocks"], which % of["channel_blocks"]
-        channels = e.least(of["block_channels"], of["group_in"] - block * of["block_channels"])
-        count = channels * of["v_each"]
-        sums = e.at(of["sums"], number * of["unit"])
-        output = tile * shape.width
-        w = e.at(of["w"], group * of["w_group"] + output * of["w_output"] + block * of["w_block"], shape.stored)
+    which, tile = number // of["tiles"], number % of["tiles"]
+    group, block = which // of["channel_blocks"], which % of["channel_blocks"]
+    channels = e.least(of["block_channels"], of["group_in"] - block * of["block_channels"])
+    count = channels * of["v_each"]
+    output = tile * shape.width
+    w = e.at(of["w"], group * of["w_group"] + output * of["w_output"] + block * of["w_block"], shape.stored)
 
-        def each_u(u: Value, _: list[Value]) -> Sequence[Value]:
-            def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
-                first = v * lanes
+    def each_u(u: Value, _: list[Value]) -> Sequence[Value]:
+        def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
+            first = v * lanes
 
-                def part(p: Value, _: list[Value]) -> Sequence[Value]:
-                    at = [(u * count + e.least(first + r, count - 1)) * shape.width + p * lanes for r in range(lanes)]
-                    for lane, value in enumerate(e.transpose(added(sums, at))):
-                        place = p * lanes + lane
-                        here = e.select(output + place < of["group_out"], count - first, e.number(0))
-                        to = place * of["w_output"] + u * of["w_u"] + first
-                        e.store(value, w, to, e.tail(here), shape.stored)
-                    return []
-
-                e.loop(shape.vectors, [], part)
+            def part(p: Value, _: list[Value]) -> Sequence[Value]:
+                at = [(u * count + e.least(first + r, count - 1)) * shape.width + p * lanes for r in range(lanes)]
+                for lane, value in enumerate(e.transpose(added(sums, at))):
+                    place = p * lanes + lane
+                    here = e.select(output + place < of["group_out"], count - first, e.number(0))
+                    to = place * of["w_output"] + u * of["w_u"] + first
+                    e.store(value, w, to, e.tail(here), shape.stored)
                 return []
 
-            e.loop((count + (lanes - 1)) // lanes, [], each_vector)
+            e.loop(shape.vectors, [], part)
             return []
 
-        e.loop(of["u_count"], [], each_u)
-
-        def put_bias() -> None:
-            places = [of["unit"] - shape.width + p * lanes for p in range(shape.vectors)]
-            to = e.at(of["bias"], group * of["group_out"] + output, shape.stored)
-            for p, value in enumerate(added(sums, places)):
-                e.store(value, to, p * lanes, e.tail(of["group_out"] - output - p * lanes), shape.stored)
-
-        if shape.bias:
-            e.when(e.compare("eq", block, 0), put_bias)
+        e.loop((count + (lanes - 1)) // lanes, [], each_vector)
         return []
 
-    e.loop(e.end - e.begin, [], task)
-    return e.module()
+    e.loop(of["u_count"], [], each_u)
+
+    def put_bias() -> None:
+        places = [of["unit"] - shape.width + p * lanes for p in range(shape.vectors)]
+        to = e.at(of["bias"], group * of["group_out"] + output, shape.stored)
+        for p, value in enumerate(added(sums, places)):
+            e.store(value, to, p * lanes, e.tail(of["group_out"] - output - p * lanes), shape.stored)
+
+    if shape.bias:
+        e.when(e.compare("eq", block, 0), put_bias)

@@ -31,7 +31,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import fourier
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch
-from plainconv.menu import engine
+from plainconv.menu import engine, winograd_weight
 from plainconv.menu.axes import Work, work
 from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
 from plainconv.menu.engine import STORED, Side, folded, padded
@@ -388,8 +388,6 @@ def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> 
 
 def _why_not(request: Request) -> str | None:
     problem = request.problem
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "it makes outputs and gradients for the input, and not those for the weight"
     if request.dtype in (torch.bfloat16, torch.float16):
         named = str(request.dtype).removeprefix("torch.")
         return f"it loses digits of what it transforms, float32 or float64, and {named} has none to lose"
@@ -399,7 +397,7 @@ def _why_not(request: Request) -> str | None:
         return f"it is for kernels of {TAPS} taps (along some dimensions 1), and this one is {_times(problem.kernel)}"
     if any(side.stride > 1 for side in folded(problem, False)) or set(problem.dilation) != {1}:
         return "it is for stride 1 and no dilation"
-    return None
+    return winograd_weight.why_not(problem) if request.direction is Direction.GRAD_WEIGHT else None
 
 
 def _times(sizes: tuple[int, ...]) -> str:
@@ -420,13 +418,18 @@ def growth(tile: tuple[int, ...], taps: tuple[int, ...]) -> float:
 
 
 def _error(request: Request) -> float:
-    """Sums over channels, of numbers that are larger than the result."""
+    """Sums over channels (or tiles), of numbers that are larger than the result."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        taps, tile, terms = winograd_weight.summed(request)
+        return growth(taps, tile) * summation_error(terms)
     seen, form = work(request), way(request).form
     taps = tuple(side.kernel for side in sides_of(seen))
     return growth(form.tile, taps) * summation_error(seen.group_in + sum(form.patch))
 
 
 def _cost(request: Request) -> Cost:
+    if request.direction is Direction.GRAD_WEIGHT:
+        return winograd_weight.cost(request)
     return cost(request, way(request), FORTH, BACK, WEIGHT)
 
 
@@ -471,6 +474,8 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        return winograd_weight.bind(request, tensors)
     return bind_cut(request, way(request), tensors)
 
 

@@ -28,6 +28,11 @@ CASES = {
         ((1, 3, 14), (3, 1, 4), {"stride": 2, "padding": (3,), "groups": 3}),
         ((1, 2, 3, 5, 4), (2, 1, 3, 3, 3), {"padding": 1, "groups": 2, "padding_mode": "replicate"}),
     ],
+    "winograd": [
+        ((2, 4, 6, 5), (6, 2, 3, 3), {"padding": 1, "groups": 2}),
+        ((1, 3, 9), (4, 3, 3), {"padding": 2, "padding_mode": "reflect"}),
+        ((1, 2, 3, 4, 5), (3, 2, 1, 3, 3), {"padding": (0, 1, 2)}),
+    ],
 }
 EACH = [(name, *case) for name, cases in CASES.items() for case in cases]
 
