@@ -32,8 +32,8 @@ MOST_BLOCKS = 64
 # Cycles of the transforms for each vector of each number, and for each halving of a row.
 EACH = 2.4
 WEIGHT = 4.0
-FAR = 90.0  # more, for each vector of each number of squares that lie too far apart for a core's own cache
-NEAR_BYTES = 2500 << 10
+FAR = 25.0  # more, for each vector of each number of squares that lie too far apart for a core's own cache
+NEAR_BYTES = 3 << 20
 
 
 def why_not(request: Request) -> str | None:

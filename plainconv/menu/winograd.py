@@ -42,6 +42,7 @@ from plainconv.remember import on_forget, weigh
 TAPS = 3
 NEAR_BYTES = 600 << 10  # of patches and sums of a block, which a core's own cache keeps
 LEAST_TILES = 28  # of a block, for which the weight is read once
+LEAST_SQUARES = 12  # the same of Fourier's tiles, whose patches are far larger
 HELD_BYTES = 400 << 10  # of a weight that is multiplied as soon as it is made
 FEW_TILES = 96  # that are not dealt to threads
 MOST_SCALARS = 8  # of the registers of a product; each has its own address
@@ -167,7 +168,7 @@ def cut_by(request: Request, form: Form) -> Way:
         shares = min(threads, tasks)
         return Way(form, tiles, lanes, scalars, vectors, rows, tiles[2], True, held, 1, tasks, shares)
     each = matrices * (in_vectors + vectors) * lanes * size
-    most = max(NEAR_BYTES // each, LEAST_TILES)
+    most = max(NEAR_BYTES // each, LEAST_SQUARES if form.fourier else LEAST_TILES)
     cols = -(-tiles[2] // -(-tiles[2] // most))
     col_blocks = -(-tiles[2] // cols) if cols else 0
     blocks = -(-rows // max(most // max(cols, 1), 1))

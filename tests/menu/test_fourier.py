@@ -126,7 +126,7 @@ def test_every_way_through_the_kernels(bits, last, direction, text, as_if):
     check(ALGORITHM, asked, reals, last_of if last else None)
 
 
-@both_directions
+@both_directions_in_time
 @pytest.mark.parametrize("text", ["n2 c18 o20 x61 k6 p2", "n1 c18 o20 x150 k70 p33", "n1 c5 o20 x21x23 k5x6 p2"])
 def test_every_form(text, direction, only):
     """Every length, with the kernel whole and in blocks, though the estimate would take another."""
@@ -188,7 +188,7 @@ def test_random_problems(direction, problem, last, wide, bias, seed):
         check(ALGORITHM, asked, reals, seed=seed)
 
 
-@both_directions
+@both_directions_in_time
 @pytest.mark.parametrize("text", [*WAYS.values(), BORDERS["reflect"]], ids=[*WAYS, "reflect"])
 def test_nothing_outside_is_touched(direction, text, monkeypatch):
     """Every tensor, the tables and the workspace, right before and right behind memory that faults."""
