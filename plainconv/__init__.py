@@ -16,7 +16,8 @@ from plainconv.functional import (
     conv_transpose3d,
     explain,
 )
-from plainconv.plan import AlgorithmRefused, algorithms, tune, tuning
+from plainconv.menu.base import AlgorithmRefused
+from plainconv.plan import algorithms, tune, tuning
 from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
 from plainconv.version import __version__
 

@@ -24,7 +24,8 @@ from typer.core import TyperGroup
 
 from plainconv import measure, picture, train
 from plainconv.files import InputError, write_whole
-from plainconv.plan import AlgorithmRefused, algorithms, check_algorithm, explain_request, plan, tuning
+from plainconv.menu.base import AlgorithmRefused
+from plainconv.plan import algorithms, check_algorithm, explain_request, plan, tuning
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.version import __version__
 

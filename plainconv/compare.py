@@ -22,8 +22,9 @@ from torch import Tensor
 
 from plainconv.files import InputError
 from plainconv.functional import conv2d
+from plainconv.menu.base import AlgorithmRefused
 from plainconv.picture import KERNELS, Picture, apply
-from plainconv.plan import AlgorithmRefused, algorithms
+from plainconv.plan import algorithms
 from plainconv.timing import Timing, in_turn, machine
 from plainconv.train import Data, Point, layers, race
 

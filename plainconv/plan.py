@@ -24,7 +24,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
 from plainconv.memory import LARGE, lent
 from plainconv.menu import ALGORITHMS, fitted
-from plainconv.menu.base import DTYPES, Algorithm, Cost, Tensors, finish, finish_seconds
+from plainconv.menu.base import DTYPES, Algorithm, AlgorithmRefused, Cost, Tensors, finish, finish_seconds
 from plainconv.problem import Request
 from plainconv.remember import forget, on_forget
 from plainconv.settings import AUTO
@@ -32,10 +32,6 @@ from plainconv.timing import Timing, duration
 
 SLOW_REFERENCE = 1e8  # multiplies from which the reference warns
 SHORT_S = 25e-6  # an estimate below which one thread may be as quick as several
-
-
-class AlgorithmRefused(RuntimeError):
-    """The algorithm that was asked for by name cannot serve this call; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,11 @@ class Verdict:
     why_not: str | None
     timing: Timing | None = None
     threads: int = 1
+
+    @property
+    def may_be_chosen(self) -> bool:
+        """Whether it is able, and need not be named."""
+        return self.cost is not None and not self.algorithm.by_name
 
     @property
     def seconds(self) -> float:
@@ -254,7 +255,7 @@ def tune(function: Callable[..., Any], *inputs: Any, **named: Any) -> Tuning:
 
 def _tune(request: Request) -> Tuned:
     """Measure the algorithms that can serve a request, unless all have records already, and keep the records."""
-    able = [verdict for verdict in ask(request) if verdict.cost]
+    able = [verdict for verdict in ask(request) if verdict.may_be_chosen]
     estimated = min(able, key=lambda verdict: verdict.cost.seconds if verdict.cost else 0.0)
     records = measure.known(request)
     versions = {verdict.algorithm.name: verdict.algorithm.version for verdict in able}
@@ -279,7 +280,7 @@ def _choice(request: Request, name: str) -> Verdict:
     check_algorithm(name)
     if name != AUTO:
         return _verdict(next(a for a in ALGORITHMS if a.name == name), request, {})
-    return min((v for v in ask(request) if v.cost), key=lambda v: v.seconds)
+    return min((v for v in ask(request) if v.may_be_chosen), key=lambda v: v.seconds)
 
 
 def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Record]) -> Verdict:

@@ -3,7 +3,7 @@
 `check` runs one algorithm on one request, in memory that starts as NaN (integers: a poison value) with guards around
 the workspace, and compares the result with `exact`, the definition in a wider type:
 
-- to the bit on small integers, if the algorithm is exact on them (all but fft and winograd);
+- to the bit on small integers, if the algorithm is exact on them (all but fft, winograd and separable);
 - else within `tolerance`, which is the algorithm's own claim and nothing more.
 
 What is wrong is raised as an AssertionError that begins with the request's text: `ConvProblem.parse` reads it back.
@@ -25,9 +25,10 @@ from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
 DIRECTIONS = tuple(Direction)
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
-ROUNDING = frozenset({"fft", "winograd"})  # every other algorithm is exact on small integers
+ROUNDING = frozenset({"fft", "winograd"})
+INEXACT = ROUNDING | {"separable"}  # every other algorithm is exact on small integers
 FORWARD_ONLY = ("narrow", "depthwise", "direct", "pointwise")  # and what else they refuse is tested by name
-EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "winograd", "builtin"))
+EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "winograd", "separable", "builtin"))
 GUARD = 4096  # bytes before and behind the workspace
 CANARY = 0xA5
 LOOPS_LIMIT = 20_000  # products that `loops` is given, at most
@@ -172,6 +173,15 @@ def given(asked: Request, values: object = integers, seed: int = 0) -> Tensors:
     )
 
 
+def product_of_lines(w: Tensor) -> Tensor:
+    """A weight of rank 1, out of those lines of this one that begin at its first element; its zeros are ones."""
+    product = torch.ones_like(w)
+    for dim in range(2, w.dim()):
+        line = w[tuple(slice(None) if d in (0, 1, dim) else slice(0, 1) for d in range(w.dim()))]
+        product = product * torch.where(line == 0, 1, line)
+    return product
+
+
 # -- what is right ---------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +307,8 @@ def check(
 ) -> None:
     """Hold one algorithm to the definition on one request."""
     tensors = given(asked, values, seed)
+    if algorithm.name == "separable":
+        tensors = tensors._replace(second=product_of_lines(tensors.second))
     if layout is not None:
         tensors = tensors._replace(first=layout(tensors.first), second=layout(tensors.second))  # type: ignore[operator]
     result = result_of(algorithm, asked, *tensors)
@@ -316,7 +328,7 @@ def compare(
 ) -> None:
     """Hold a result, and a bias that was made, to the definition."""
     told = f"{algorithm.name}: {asked}" + (" with bias" if asked.has_bias else "")
-    exactly = to_the_bit and asked.activation in (None, "relu", "relu6") and algorithm.name not in ROUNDING
+    exactly = to_the_bit and asked.activation in (None, "relu", "relu6") and algorithm.name not in INEXACT
     bound = None if exactly else tolerance(algorithm, asked, first, second, bias, residual)
     _hold(told, result, exact(asked, first, second, bias, residual), bound)
     if asked.makes_bias:
@@ -367,6 +379,8 @@ def dropping_a_tap(algorithm: Algorithm) -> Algorithm:
 
     def run(asked: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         last = (..., *(size - 1 for size in asked.problem.kernel))
+        if algorithm.name == "separable":
+            last = (..., -1)  # a line of them, or it would be refused
         if asked.direction is not Direction.GRAD_WEIGHT:
             tensors = tensors._replace(second=tensors.second.clone())
             tensors.second[last] = 0

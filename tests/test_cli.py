@@ -204,8 +204,7 @@ def test_a_broken_picture_is_one_line():
 
 
 def test_a_refusal_is_its_sentence(monkeypatch):
-    from plainconv import picture
-    from plainconv.plan import AlgorithmRefused
+    from plainconv import AlgorithmRefused, picture
 
     def refuse(*args, **kwargs):
         raise AlgorithmRefused("shift refuses:\n it is tired")

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from plainconv import compare
 from plainconv.compare import BEYOND, CUT, compare_filters, cut_out, spread
 from plainconv.files import InputError
+from plainconv.menu.base import AlgorithmRefused
 from plainconv.picture import KERNELS, Picture, named_or_typed
-from plainconv.plan import AlgorithmRefused, algorithms
+from plainconv.plan import algorithms
 from plainconv.timing import Timing
 
 PIXELS = torch.randint(0, 256, (3, 60, 70), generator=torch.Generator().manual_seed(0)).float()
@@ -27,7 +28,7 @@ def test_rows(kernel):
     rows, made = compare_filters(Picture(PIXELS), named_or_typed(kernel), seconds=0)
     assert [row.name for row in rows] == ["torch", "auto", *algorithms()]
     refused = {row.name: row.refused for row in rows if row.refused}
-    not_for_it = {"depthwise", "pointwise", "builtin"}
+    not_for_it = {"depthwise", "separable", "pointwise", "builtin"}
     assert set(refused) <= not_for_it, "a dense 3x3 convolution here, and torch's own is not allowed"
     assert list(made) == [row.name for row in rows if not row.refused]
     for row in (row for row in rows if not row.refused):

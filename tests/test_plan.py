@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import plainconv
 from plainconv import plan as plans
 from plainconv.menu import ALGORITHMS, fitted
-from plainconv.menu.base import DTYPES, INTEGERS, Tensors
-from plainconv.plan import AlgorithmRefused, check_algorithm, explain_request, plan
+from plainconv.menu.base import DTYPES, INTEGERS, AlgorithmRefused, Tensors
+from plainconv.plan import check_algorithm, explain_request, plan
 from plainconv.problem import ConvProblem, Direction, Request
 
 SMALL = ConvProblem.parse("n1 c2 o3 x8x8 k3x3 p1")
@@ -45,7 +45,7 @@ def test_a_small_call_wakes_no_other_threads(direction):
 
 def test_names_are_those_of_the_menu():
     assert plainconv.algorithms() == (
-        *("loops", "shift", "im2col", "fft", "narrow", "depthwise", "direct", "pointwise", "winograd"),
+        *("loops", "shift", "im2col", "fft", "narrow", "depthwise", "separable", "direct", "pointwise", "winograd"),
         *("builtin", "reference"),
     )
 

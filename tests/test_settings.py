@@ -9,7 +9,8 @@ from checks import BY_NAME, request
 import plainconv
 from plainconv import plan as plans
 from plainconv import settings
-from plainconv.plan import AlgorithmRefused, plan
+from plainconv.menu.base import AlgorithmRefused
+from plainconv.plan import plan
 from plainconv.problem import DEFAULT_MAX_WORKSPACE, ConvProblem, Direction
 
 NAMES = [f"{family}{dims}d" for family in ("conv", "conv_transpose") for dims in (1, 2, 3)]

@@ -275,6 +275,12 @@ class Emit:
             phi = f"[ {old[key].text}, %{before} ], [ {state[key].text}, %{last} ]"
             state[key] = self._emit(f"phi {old[key].type} {phi}", old[key].type)
 
+    def enter(self, kernel: Value, args: Value, begin: Value | int, end: Value | int) -> None:
+        """Call another kernel, at this address, on its tasks from begin to end."""
+        begin, end = self.number(begin), self.number(end)
+        given = f"ptr {args.text}, i64 {begin.text}, i64 {end.text}"
+        self._lines.append(f"  call void {kernel.text}({given})")
+
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def at(self, pointer: Value, offset: Value | int, type_: str | None = None) -> Value:
@@ -370,6 +376,10 @@ class Emit:
         """Ask for the line of the cache at an address, which need not exist, to "read" or to "write" it."""
         numbers = (Value(self, text, "i32") for text in ("1" if to == "write" else "0", "2", "1"))
         self._call("llvm.prefetch.p0", "void", address, *numbers)
+
+    def move(self, to: Value, source: Value, size: Value) -> None:
+        """Copy so many bytes; the two may overlap."""
+        self._call("llvm.memmove.p0.p0.i64", "void", to, source, size, Value(self, "false", "i1"))
 
     def gather(self, pointer: Value, places: Value, mask: Value | None, type_: str | None = None) -> Value:
         """Lane i is element places[i]; lanes outside the mask are zero and are not read.

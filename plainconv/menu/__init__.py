@@ -12,6 +12,7 @@ from plainconv.menu import (
     narrow,
     pointwise,
     reference,
+    separable,
     shift,
     winograd,
 )
@@ -24,6 +25,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     fft.ALGORITHM,  # sliding becomes multiplying, frequency by frequency
     narrow.ALGORITHM,  # few channels: lanes along the width, machine code
     depthwise.ALGORITHM,  # one input channel a group: rows share what they load
+    separable.ALGORITHM,  # a kernel that is a product of lines: a pass for each; only where it is named
     direct.ALGORITHM,  # a matrix product for each block of the output, on strips gathered first
     pointwise.ALGORITHM,  # one tap: a matrix product on the input as it lies
     winograd.ALGORITHM,  # three taps: sums and differences before, and fewer products

@@ -46,6 +46,10 @@ class Cost(NamedTuple):
     seconds: float
 
 
+class AlgorithmRefused(RuntimeError):
+    """The algorithm that was asked for by name cannot serve this call; the message says why."""
+
+
 Bound = Callable[[Tensors, Tensor, Tensor], None]  # run, without its request
 
 
@@ -63,6 +67,7 @@ class Algorithm:
     fuses     whether run adds the residual, applies the activation and makes the gradient of a bias; else `finish` does
     bind      optional: run for a request and for tensors of the strides of those given, whose values are not looked at;
               what run would look up in every call is looked up once
+    by_name   whether it is taken only where it is named: run looks at values, and raises AlgorithmRefused for some
     """
 
     name: str
@@ -73,6 +78,7 @@ class Algorithm:
     version: int = 1
     fuses: bool = False
     bind: Callable[[Request, Tensors], Bound] | None = None
+    by_name: bool = False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -551,7 +551,7 @@ def test_what_an_algorithm_says_of_a_request(algorithm, direction, problem, dtyp
 
 def test_the_menu():
     names = [algorithm.name for algorithm in ALGORITHMS]
-    engine = ["narrow", "depthwise", "direct", "pointwise", "winograd"]
+    engine = ["narrow", "depthwise", "separable", "direct", "pointwise", "winograd"]
     assert names == ["loops", "shift", "im2col", "fft", *engine, "builtin", "reference"]
     assert len(set(FLOATS + COMPLEX + INTEGERS)) == len(DTYPES) == 12
     with pytest.raises(dataclasses.FrozenInstanceError):
