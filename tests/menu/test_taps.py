@@ -339,6 +339,7 @@ def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_toget
 
 def test_what_is_refused_is_said():
     assert "channels_last" in narrow.ALGORITHM.why_not(asked_for("n1 c1 o1 x9x9 k3x3", channels_last=True))
+    assert "the one of depthwise" in narrow.ALGORITHM.why_not(asked_for("n1 c2 o2 x9x9 k3x3 g2"))
 
 
 def test_the_gradient_is_chosen_for_few_channels():
