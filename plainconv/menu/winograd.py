@@ -162,7 +162,9 @@ def cut_by(request: Request, form: Form) -> Way:
     slabs = in_vectors * form.blocks
     out_tiles = -(-outputs // vectors)
     rows = seen.batch * tiles[0] * tiles[1]
-    if rows * tiles[2] <= FEW_TILES and out_tiles * seen.groups >= threads and seen.group_in:
+    # With a group for each thread, a block of each stays in the thread's own cache, its patches as well.
+    few = rows * tiles[2] <= FEW_TILES and seen.groups < max(threads, 2)
+    if few and out_tiles * seen.groups >= threads and seen.group_in:
         held = max(1, min(HELD_BYTES // (matrices * _slab(lanes, vectors) * size), slabs))
         tasks = seen.groups * out_tiles
         shares = min(threads, tasks)
@@ -173,7 +175,7 @@ def cut_by(request: Request, form: Form) -> Way:
     col_blocks = -(-tiles[2] // cols) if cols else 0
     blocks = -(-rows // max(most // max(cols, 1), 1))
     if col_blocks == 1:
-        blocks = min(padded(blocks, threads), rows)
+        blocks = min(padded(blocks, threads // math.gcd(threads, seen.groups)), rows)
     height = -(-rows // max(blocks, 1))
     units = -(-rows // max(height, 1)) * col_blocks * seen.groups
     parts = max(min(out_tiles, -(-threads // max(units, 1))), 1)

@@ -35,8 +35,9 @@ both_directions_in_time = pytest.mark.parametrize(
 
 # Where the kernels take another way.
 WAYS = {
-    "few tiles": "n1 c20 o37 x9x10 k3x3 p1",
+    "few tiles": "n1 c20 o77 x9x10 k3x3 p1",
     "few tiles, many channels": "n2 c75 o40 x6x5 k3x3 p1",
+    "few tiles of groups": "n2 c20 o150 x9x10 k3x3 p1 g2",
     "blocks of rows": "n2 c5 o19 x37x43 k3x3 p1",
     "parts of a row": "n1 c3 o5 x5x501 k3x3 p1",
     "a thread more than blocks": "n1 c7 o80 x4x401 k3x3 p1",
@@ -123,13 +124,28 @@ def test_what_is_fused(activation, last):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("text", [WAYS["few tiles"], WAYS["blocks of rows"], WAYS["groups"], WAYS["parts of a row"]])
+@pytest.mark.parametrize(
+    "text", [WAYS[name] for name in ("few tiles", "few tiles of groups", "blocks of rows", "groups", "parts of a row")]
+)
 def test_any_number_of_threads_gives_the_same(text, threads):
     """Every tile is made by one thread, so even the bits are the same where the way to cut is."""
     asked = asked_for(text, threads=threads)
     check(ALGORITHM, asked, reals)
     tensors = given(asked, reals)
     assert torch.equal(result_of(ALGORITHM, asked, *tensors), result_of(ALGORITHM, asked, *tensors))
+
+
+def test_groups_are_blocks_where_there_is_one_for_each_thread():
+    """Patches of all groups would leave the cache; one group's stay in it."""
+    for text, threads, apart in [
+        (WAYS["few tiles"], 1, True),
+        (WAYS["few tiles"], 2, True),
+        (WAYS["few tiles of groups"], 1, False),
+        (WAYS["few tiles of groups"], 2, False),
+        (WAYS["few tiles of groups"], 3, True),
+    ]:
+        assert winograd.way(asked_for(text, threads=threads)).apart is apart
+    assert winograd.way(asked_for("n16 c1024 o1024 x7x7 k3x3 p1 g32")).tasks == 32
 
 
 @both_layouts
