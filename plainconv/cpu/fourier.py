@@ -168,6 +168,11 @@ class Rows(Shape):
         """Places of the input that a tile reads."""
         return self.lengths
 
+    @property
+    def step(self) -> Three:
+        """Places from a tile to the next."""
+        return self.tile
+
 
 @lru_cache(256)
 def text(shape: Rows) -> str:

@@ -2,13 +2,17 @@
 
     Y  =  A^T [ sum over c of  (G w_c) * (B^T d_c) ]        along each dimension; * is element by element
 
-d is a patch of the input of m + k - 1 places, Y a tile of m outputs.  The matrices come from Toom and Cook's way to
-multiply polynomials: evaluate both at m + k - 2 points and at infinity, multiply there, interpolate; turned round, as
-S. Winograd showed, it is a convolution.  In two dimensions there are (m + k - 1)^2 products for m^2 outputs, instead of
-k^2 for each.  `forms` makes the matrices from the points, in fractions.
+d is a patch of the input of m + k - 1 places, Y a tile of m outputs, if the stride is 1.  The matrices come from Toom
+and Cook's way to multiply polynomials: evaluate both at m + k - 2 points and at infinity, multiply there, interpolate;
+turned round, as S. Winograd showed, it is a convolution.  In two dimensions there are (m + k - 1)^2 products for m^2
+outputs, instead of k^2 for each.  `forms` makes the matrices from the points, in fractions.
+
+A stride s splits both into s parts, of stride 1: output i is the sum over parts p of what taps p, p + s, ... make of
+places p, p + s, ...; so the matrices of parts stand side by side (`ahead`).  In the gradient for the input it is the
+outputs that are split, and each has a part of the taps (`turned`).
 
 All of it is three-dimensional (depth, rows, width); a dimension along which the kernel has one tap has m = 1, and
-matrices of one number.  A block is some rows of tiles, `matrices` counts the elements of a patch:
+matrices of one number.  A block is some rows of tiles, `matrices` counts the products of a tile:
 
     weight       G w, before
     task         a block of tiles, a group, some of the output channels
@@ -29,11 +33,12 @@ in memory instead, squares of lanes x lanes are transposed in registers on the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from plainconv.cpu.emit import Emit, Value
 from plainconv.cpu.epilogue import finish
@@ -115,6 +120,9 @@ def points(count: int) -> tuple[Fraction, ...]:
 @lru_cache(64)
 def forms(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     """A^T [outputs, n], G [n, taps] and B^T [n, n] with n = outputs + taps - 1."""
+    if taps == 1:  # nothing to share
+        one = tuple(tuple(Fraction(i == j) for j in range(outputs)) for i in range(outputs))
+        return one, ((Fraction(1),),) * outputs, one
     at = points(outputs + taps - 2)
     others = [[q for q in at if q != p] for p in at]
     back = [[p**i for p in at] + [Fraction(i == outputs - 1)] for i in range(outputs)]
@@ -124,6 +132,80 @@ def forms(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
     forth = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(at)]
     a, g, b = (tuple(tuple(row) for row in matrix) for matrix in (back, weights, forth))
     return a, g, b
+
+
+class Along(NamedTuple):
+    """One dimension: A^T [outputs, products], G [products, taps], B^T [products, places] and how tiles follow.
+
+    step   places from a tile to the next
+    first  the place where the first patch begins, if there is no padding
+    """
+
+    back: Matrix
+    weights: Matrix
+    forth: Matrix
+    step: int
+    first: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.back)
+
+    @property
+    def products(self) -> int:
+        return len(self.forth)
+
+    @property
+    def places(self) -> int:
+        return len(self.forth[0])
+
+
+@lru_cache(64)
+def ahead(outputs: int, taps: int, stride: int) -> Along:
+    """A convolution: each part of places and taps adds its products to all outputs."""
+    places = (outputs - 1) * stride + taps
+    back: list[list[Fraction]] = [[] for _ in range(outputs)]
+    weights: list[tuple[Fraction, ...]] = []
+    forth: list[tuple[Fraction, ...]] = []
+    for part in range(min(stride, taps)):
+        a, g, b = forms(outputs, len(range(part, taps, stride)))
+        for row, more in zip(back, a, strict=True):
+            row += more
+        weights += [_spread(row, taps, part, stride) for row in g]
+        forth += [_spread(row, places, part, stride) for row in b]
+    return Along(tuple(map(tuple, back)), tuple(weights), tuple(forth), outputs * stride, 0)
+
+
+@lru_cache(64)
+def turned(outputs: int, taps: int, stride: int, shift: int) -> Along:
+    """The gradient for the input: each of `stride` parts of the results has `outputs` of them, and a part of the taps.
+
+    Result i is  sum over k of  w[k] y[(i + shift - k) / stride],  0 <= shift < stride, where that is whole.
+    """
+    parts = [(part, len(range(part, taps, stride))) for part in range(stride)]
+    # The place that a part's first result reads with its first tap: y[0], or y[1] if i + shift went round.
+    nearest = [int(part < shift) for part, _ in parts]
+    first = min(near - count + 1 for near, (_, count) in zip(nearest, parts, strict=True))
+    places = max(nearest) + outputs - first
+    rows: list[tuple[Fraction, ...]] = [()] * (stride * outputs)
+    weights: list[tuple[Fraction, ...]] = []
+    forth: list[tuple[Fraction, ...]] = []
+    total = sum(outputs + count - 1 for _, count in parts)
+    for near, (part, count) in zip(nearest, parts, strict=True):
+        a, g, b = forms(outputs, count)
+        for i, row in enumerate(a):
+            rows[i * stride + (part - shift) % stride] = _spread(row, total, len(weights), 1)
+        weights += [_spread(row[::-1], taps, part, stride) for row in g]
+        forth += [_spread(row, places, near - count + 1 - first, 1) for row in b]
+    return Along(tuple(rows), tuple(weights), tuple(forth), outputs, first)
+
+
+def _spread(row: Sequence[Fraction], size: int, first: int, step: int) -> tuple[Fraction, ...]:
+    """The numbers of a row at first, first + step, ..., and zeros."""
+    wide = [Fraction(0)] * size
+    for i, number in enumerate(row):
+        wide[first + i * step] = number
+    return tuple(wide)
 
 
 def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
@@ -195,17 +277,24 @@ def transform_square(e: Emit, high: Matrix, width: Matrix, values: Sequence[Valu
 # -- the convolution -------------------------------------------------------------------------------------------------
 
 
+def three(numbers: Iterable[int]) -> Three:
+    """Of depth, rows and width."""
+    depth, high, width = numbers
+    return depth, high, width
+
+
 @dataclass(frozen=True)
 class Shape:
     """All that the text of a kernel depends on.
 
     tile      outputs of a tile, along depth, rows and width
     taps      of the kernel
+    along     the transforms
     source    how channels come together: from "rows" (neighbours along the width lie side by side), from "pixels"
               (neighbouring channels do), or from any memory through a "table"
     last      whether neighbouring channels of the result lie side by side
     scalars   x vectors: tiles (of the output) and vectors of output channels whose sums are in registers
-    turned    whether the taps of the weight are in the opposite order, and its channels have changed places
+    turned    whether channels have changed places in the weight
     does      "weight": G w, a task for each vector of output channels; then "all" the rest, block by block.  Or
               "forth", a task for each row of tiles and vector of channels, and then "back", a task for each tile of
               output channels, which makes its weight itself, `held` vectors of input channels at a time
@@ -215,6 +304,7 @@ class Shape:
     lanes: int
     tile: Three
     taps: Three
+    along: tuple[Along, ...]
     source: str
     last: bool
     scalars: int
@@ -229,8 +319,12 @@ class Shape:
     @property
     def patch(self) -> Three:
         """Places of the input that a tile reads."""
-        depth, high, width = (m + k - 1 for m, k in zip(self.tile, self.taps, strict=True))
-        return depth, high, width
+        return three(along.places for along in self.along)
+
+    @property
+    def step(self) -> Three:
+        """Places from a tile to the next."""
+        return three(along.step for along in self.along)
 
     @property
     def slab(self) -> int:
@@ -264,15 +358,16 @@ class Winograd:
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
         self.width = shape.vectors * shape.lanes
-        self.matrices = prod(shape.patch)
         self.prepare()
 
     def prepare(self) -> None:
         """The transforms, and room on the stack for them."""
         e, shape = self.e, self.shape
-        self.back, _, self.forth = zip(*map(forms, shape.tile, shape.taps), strict=True)
+        self.back, self.weights, self.forth = zip(*(along[:3] for along in shape.along), strict=True)
+        self.numbers = three(along.products for along in shape.along)
+        self.matrices = prod(self.numbers)
         if shape.does in ("weight", "back"):
-            taps, deep = prod(shape.taps), shape.patch[0]
+            taps, deep = prod(shape.taps), self.numbers[0]
             self.across = e.stack(shape.element, taps * shape.lanes * shape.lanes)  # [channel, tap] vectors of outputs
             self.planes = e.stack(shape.element, deep * taps // shape.taps[0] * shape.lanes)
 
@@ -404,45 +499,46 @@ class Winograd:
     def bring(self, block: Block, group: Value, row: Value, vector: Value, scratch: Value, patches: Value) -> None:
         """The patches of a row of tiles of a block, and of a vector of channels."""
         e, of, shape = self.e, self.given, self.shape
-        deep, high, wide = shape.patch
+        deep, high, wide = self.numbers
+        reads = shape.patch
         lanes, length = shape.lanes, of["length"]
         strip, columns = e.at(scratch, of["strip_at"]), e.at(scratch, of["columns_at"])
         self.gather(block, group, block.row + row, vector, strip)
         by_depth, by_row, by_col = self.forth
 
         def along(matrix: Matrix, source: Value, step: Value, to: Value) -> None:
-            loaded = [e.load(source, step * i) for i in range(len(matrix))]
+            loaded = [e.load(source, step * i) for i in range(len(matrix[0]))]
             for i, value in enumerate(transform(e, matrix, loaded)):
                 e.store(value, to, step * i)
 
         if deep > 1:
-            plane = length * (high * lanes)
+            plane = length * (reads[1] * lanes)
 
             def each_place(i: Value, _: list[Value]) -> Sequence[Value]:
                 here = e.at(strip, i * lanes)
                 along(by_depth, here, plane, here)
                 return []
 
-            e.loop(length * high, [], each_place)
+            e.loop(length * reads[1], [], each_place)
 
         def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
-            source = e.at(strip, d * (length * (high * lanes)))
+            source = e.at(strip, d * (length * (reads[1] * lanes)))
             if high > 1:
 
                 def each_column(i: Value, _: list[Value]) -> Sequence[Value]:
                     along(by_row, e.at(source, i * lanes), length * lanes, e.at(columns, i * lanes))
                     return []
 
-                e.loop(block.cols * shape.tile[2] + (shape.taps[2] - 1), [], each_column)
+                e.loop((block.cols - 1) * shape.step[2] + reads[2], [], each_column)
             lines = columns if high > 1 else source
             first = row * self.line(block.cols)
 
             def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
-                here = e.at(lines, t * (shape.tile[2] * lanes))
+                here = e.at(lines, t * (shape.step[2] * lanes))
                 at = vector * (self.matrices * lanes) + d * (high * wide * lanes)
                 to = e.at(patches, (first + t) * of["patch"] + at)
                 for h in range(high):
-                    loaded = [e.load(here, length * (h * lanes) + w * lanes) for w in range(wide)]
+                    loaded = [e.load(here, length * (h * lanes) + w * lanes) for w in range(reads[2])]
                     for w, value in enumerate(transform(e, by_col, loaded)):
                         e.store(value, to, (h * wide + w) * lanes)
                 return []
@@ -460,12 +556,12 @@ class Winograd:
         x = e.at(of["x"], image * of["x_image"] + group * of["group_in"] * of["x_channel"])
         # Channels that do not exist show the last one: nobody reads what becomes of them.
         channels = [e.least(first + i, of["group_in"] - 1) * of["x_channel"] for i in range(lanes)]
-        begin = block.col * shape.tile[2]
+        begin = block.col * shape.step[2]
         tail = of["group_in"] - first
 
         def each_line(i: Value, _: list[Value]) -> Sequence[Value]:
-            by_depth = e.scalar(of["depth_table"], deep * shape.tile[0] + i // shape.patch[1], "i64")
-            by_row = e.scalar(of["row_table"], high * shape.tile[1] + i % shape.patch[1], "i64")
+            by_depth = e.scalar(of["depth_table"], deep * shape.step[0] + i // shape.patch[1], "i64")
+            by_row = e.scalar(of["row_table"], high * shape.step[1] + i % shape.patch[1], "i64")
             real = e.compare("sge", e.least(by_depth, by_row), 0)
             source = e.at(x, by_depth * of["x_depth"] + by_row * of["x_row"])
             to = e.at(strip, i * of["length"] * lanes)
@@ -492,7 +588,7 @@ class Winograd:
                 return []
 
             if shape.source == "pixels":
-                e.loop((self.line(block.cols) - 1) * shape.tile[2] + shape.patch[2], [], pixel)
+                e.loop((self.line(block.cols) - 1) * shape.step[2] + shape.patch[2], [], pixel)
             else:
                 e.loop(of["length"] // lanes, [], square)
             return []
@@ -582,7 +678,7 @@ class Winograd:
         """A row of tiles, from sums to outputs: [depth, row, column] vectors of channels from the first on."""
         e, of, shape = self.e, self.given, self.shape
         by_depth, by_row, by_col = self.back
-        deep, high, wide = shape.patch
+        deep, high, wide = self.numbers
         plane = of["sum_matrix"] * (high * wide)
         bias = None
         if shape.has_bias:
@@ -703,9 +799,8 @@ class Winograd:
     def spread(self, source: Value, to: Value) -> None:
         """The taps of a channel, to its numbers in all matrices."""
         e, of, shape = self.e, self.given, self.shape
-        lanes, taps, deep = shape.lanes, prod(shape.taps), shape.patch[0]
-        by_depth, by_row, by_col = (forms(m, k)[1] for m, k in zip(shape.tile, shape.taps, strict=True))
-        order = list(reversed(range(taps))) if shape.turned else list(range(taps))
+        lanes, taps, deep = shape.lanes, prod(shape.taps), self.numbers[0]
+        by_depth, by_row, by_col = self.weights
         plane = taps // shape.taps[0]
 
         def square(values: list[Value], to: Value) -> None:
@@ -715,10 +810,10 @@ class Winograd:
                 e.store(value, to, of["weight_matrix"] * i)
 
         if deep == 1:
-            square([e.load(source, tap * lanes) for tap in order], to)
+            square([e.load(source, tap * lanes) for tap in range(taps)], to)
             return
         for p in range(plane):
-            loaded = [e.load(source, order[d * plane + p] * lanes) for d in range(shape.taps[0])]
+            loaded = [e.load(source, (d * plane + p) * lanes) for d in range(shape.taps[0])]
             for d, value in enumerate(transform(e, by_depth, loaded)):
                 e.store(value, self.planes, (d * plane + p) * lanes)
 

@@ -1,17 +1,18 @@
-"""Winograd: fewer multiplications for kernels of 3 taps, by way of sums and differences.
+"""Winograd: fewer multiplications for kernels of 2 or 3 taps, by way of sums and differences.
 
 Along one dimension, m outputs of a kernel of 3 taps take m + 2 multiplications instead of 3 m: the patch of m + 2
 inputs, the kernel, and the products are each multiplied by a fixed small matrix (plainconv/cpu/winograd.py has them).
-Along two dimensions that is (m + 2)^2 for m^2 outputs: with m = 4 a quarter of the definition's 9 m^2.
+Along two dimensions that is (m + 2)^2 for m^2 outputs: with m = 4 a quarter of the definition's 9 m^2.  With a stride
+of 2, places (or, in the gradient for the input, results) and taps fall into two parts, each of which is of stride 1.
 
     Y  =  A^T [ sum over c of  (G w_c) * (B^T d_c) ]
 
 The sums over channels are a matrix product for each of the (m + 2)^2 elements; what comes before and behind it is
 linear in the channels alone, and is done block by block while the tiles are in the cache.  The gradient for the input
-is the same convolution: taps in the opposite order, channels that change places, and a padding of 2 - lo.
+is the same convolution: taps in the opposite order, channels that change places, and a padding of k - 1 - lo.
 
-Cost: n * o * c/g * (m + 2)^d multiplies for each m^d outputs.  The workspace is the transformed weight, or, where all
-tiles are few, those tiles; and the tiles of a block for each thread.
+Cost: n * o * c/g * (m + k - 1)^d multiplies for each m^d outputs, if the stride is 1.  The workspace is the transformed
+weight, or, where all tiles are few, those tiles; and the tiles of a block for each thread.
 
 S. Winograd, "Arithmetic complexity of computations", 1980; A. Lavin, S. Gray, "Fast algorithms for convolutional neural
 networks", arXiv:1509.09308, 2015.
@@ -20,6 +21,7 @@ networks", arXiv:1509.09308, 2015.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,6 +33,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import fourier
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch
+from plainconv.cpu.winograd import Along
 from plainconv.menu import engine, winograd_weight
 from plainconv.menu.axes import Work, work
 from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
@@ -39,7 +42,8 @@ from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
 from plainconv.remember import on_forget, weigh
 
-TAPS = 3
+MOST_TAPS = 3  # along a dimension, of each part that the stride makes
+MOST_STRIDE = 2
 NEAR_BYTES = 600 << 10  # of patches and sums of a block, which a core's own cache keeps
 LEAST_TILES = 28  # of a block, for which the weight is read once
 LEAST_SQUARES = 12  # the same of Fourier's tiles, whose patches are far larger
@@ -71,6 +75,7 @@ class Form(NamedTuple):
     numbers   products of those
     fourier   whether by discrete Fourier transforms, see plainconv.menu.fourier
     blocks    of the kernel's taps along the width, one tile apart: a tile multiplies the patches of as many
+    along     if it is not by those, the transforms
     """
 
     tile: tuple[int, int, int]
@@ -78,6 +83,12 @@ class Form(NamedTuple):
     numbers: tuple[int, int, int]
     fourier: bool = False
     blocks: int = 1
+    along: tuple[Along, ...] = ()
+
+    @property
+    def step(self) -> tuple[int, int, int]:
+        """Places from a tile to the next."""
+        return kernels.three(along.step for along in self.along) if self.along else self.tile
 
     @property
     def matrices(self) -> int:
@@ -112,7 +123,7 @@ class Way(NamedTuple):
 
 
 def sides_of(seen: Work) -> tuple[Side, Side, Side]:
-    """Depth, rows and width as a convolution with stride 1; the gradient for the input is turned round."""
+    """Depth, rows and width: places that are read, the padding before the first patch, and places that are made."""
     depth, high, width = folded(seen.request.problem, False)
     if not seen.turned:
         return depth, high, width
@@ -120,25 +131,45 @@ def sides_of(seen: Work) -> tuple[Side, Side, Side]:
 
 
 def _turned(side: Side) -> Side:
-    return Side(side.out, side.kernel, 1, (side.kernel - 1 - side.padding[0], 0), 1, side.size)
+    first = _along(side, 1, True).first
+    return side._replace(size=side.out, padding=(-first - side.padding[0] // side.stride, 0), out=side.size)
 
 
-def _outputs(side: Side, most: int) -> int:
+def _along(side: Side, outputs: int, turned: bool) -> Along:
+    """The transforms along a dimension of the problem; outputs: of a tile, or of each of its parts."""
+    if turned:
+        return kernels.turned(outputs, side.kernel, side.stride, side.padding[0] % side.stride)
+    return kernels.ahead(outputs, side.kernel, side.stride)
+
+
+def _outputs(made: int, side: Side, most: int, turned: bool) -> int:
     """Outputs of a tile along a dimension: what takes the fewest products, and then the fewest digits."""
-    if side.kernel == 1:
+    if side.kernel <= side.stride:
         return 1
-    return min((2, 4)[: most // 2], key=lambda m: -(-side.out // m) * (m + side.kernel - 1))
+
+    def products(outputs: int) -> int:
+        along = _along(side, outputs, turned)
+        return -(-made // along.outputs) * along.products
+
+    return min((2, 4)[: most // 2], key=products)
 
 
 @lru_cache(4096)
 def way(request: Request) -> Way:
     """How to cut a request."""
-    depth, high, width = sides = sides_of(work(request))
-    # In three dimensions, large tiles along all of them would lose too many digits.
-    deep = 2 if min(side.kernel for side in sides) > 1 else 4
-    tile = _outputs(depth, deep), _outputs(high, 4), _outputs(width, 4)
-    patch = tile[0] + depth.kernel - 1, tile[1] + high.kernel - 1, tile[2] + width.kernel - 1
-    return cut_by(request, Form(tile, patch, patch))
+    seen = work(request)
+    sides = folded(request.problem, False)
+    # In three dimensions, large tiles along all of them would lose too many digits; and in two with a stride, they
+    # would have a hundred products, and a weight as much larger.
+    most = (2 if min(side.kernel for side in sides) > 1 else 4, 4, 4)
+    if sum(side.kernel > 1 for side in sides) > 1:
+        most = kernels.three(m if side.stride == 1 else 2 for m, side in zip(most, sides, strict=True))
+    along = tuple(
+        _along(side, _outputs(made.out, side, m, seen.turned), seen.turned)
+        for made, side, m in zip(sides_of(seen), sides, most, strict=True)
+    )
+    tile, patch = kernels.three(one.outputs for one in along), kernels.three(one.places for one in along)
+    return cut_by(request, Form(tile, patch, kernels.three(one.products for one in along), along=along))
 
 
 @lru_cache(4096)
@@ -211,17 +242,17 @@ class Room(NamedTuple):
 
 @lru_cache(4096)
 def _room(request: Request, cut: Way) -> Room:
-    seen, (tile, patch, numbers, _, blocks) = work(request), cut.form
+    seen, (tile, patch, numbers, _, blocks, _), step = work(request), cut.form, cut.form.step
     lanes, matrices, vectors = cut.lanes, cut.form.matrices, -(-seen.group_in // cut.lanes)
     line = cut.cols + blocks - 1
     # Neighbours are an odd number of vectors apart, so that they do not meet in the same places of a cache.
     tiles, chunk = cut.rows * line + blocks - 1 + kernels.SMALL, matrices * _slab(lanes, cut.vectors)
     patch_size, sum_matrix = (vectors * matrices | 1) * lanes, (tiles * cut.vectors | 1) * lanes
-    length = padded(line * tile[2] + patch[2] - tile[2], lanes)
+    length = padded((line - 1) * step[2] + patch[2], lanes)
     made_length = padded(cut.cols * tile[2], lanes)
     begins, begin = [], 0
     for elements in (
-        patch[0] * patch[1] * length * lanes,
+        max(patch[0], numbers[0]) * patch[1] * length * lanes,
         numbers[1] * length * lanes,
         matrices * sum_matrix,
         tile[0] * tile[1] * made_length * lanes,
@@ -349,6 +380,7 @@ def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
             lanes=cut.lanes,
             tile=form.tile,
             taps=taps,
+            along=form.along,
             source=source if reads else "",
             last=last and makes,
             scalars=cut.scalars if makes else 1,
@@ -383,9 +415,9 @@ def _text(shape: kernels.Shape, form: Form) -> str:
 
 def _tables(mode: str, sides: tuple[Side, Side, Side], cut: Way, room: Room) -> tuple[Tensor, tuple[int, ...]]:
     """Which element each place of depth, rows and width shows, one table behind the other, and where each begins."""
-    counts = [(tiles - 1) * m + n for tiles, (m, n) in zip(cut.tiles, zip(*cut.form[:2], strict=True), strict=True)]
+    counts = [(tiles - 1) * m + n for tiles, m, n in zip(cut.tiles, cut.form.step, cut.form.patch, strict=True)]
     counts[2] += room.length
-    parts = [engine.shown(side, mode, 0, count) for side, count in zip(sides, counts, strict=True)]
+    parts = [engine.shown(side, mode, 0, max(count, 0)) for side, count in zip(sides, counts, strict=True)]
     return engine.joined(parts)
 
 
@@ -396,10 +428,13 @@ def _why_not(request: Request) -> str | None:
         return f"it loses digits of what it transforms, float32 or float64, and {named} has none to lose"
     if sentence := engine.why_not(request):
         return sentence
-    if not set(problem.kernel) <= {1, TAPS} or TAPS not in problem.kernel:
-        return f"it is for kernels of {TAPS} taps (along some dimensions 1), and this one is {_times(problem.kernel)}"
-    if any(side.stride > 1 for side in folded(problem, False)) or set(problem.dilation) != {1}:
-        return "it is for stride 1 and no dilation"
+    sides = folded(problem, False)
+    if any(side.stride > MOST_STRIDE for side in sides) or set(problem.dilation) != {1}:
+        return f"it is for strides up to {MOST_STRIDE} and no dilation"
+    parts = [(side.kernel // side.stride, -(-side.kernel // side.stride)) for side in sides]
+    if any(few < 1 or many > MOST_TAPS for few, many in parts) or all(many == 1 for _, many in parts):
+        some = f"2 to {MOST_TAPS} taps (along some dimensions 1), or twice as many with a stride of 2"
+        return f"it is for kernels of {some}, and this one is {_times(problem.kernel)}"
     return winograd_weight.why_not(problem) if request.direction is Direction.GRAD_WEIGHT else None
 
 
@@ -407,16 +442,20 @@ def _times(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
-def growth(tile: tuple[int, ...], taps: tuple[int, ...]) -> float:
+def growth(transforms: Sequence[Along]) -> float:
     """How much larger than a sum of products the numbers are that it is made of here, if all are independent.
 
-    Along one dimension and for output i, its square is  sum over j of  A[i, j]^2 |G[j]|^2 |B[j]|^2 / taps.
+    Along one dimension and for output i, its square is  sum over j of  A[i, j]^2 |G[j]|^2 |B[j]|^2 / taps of i.
     """
     product = 1.0
-    for m, k in zip(tile, taps, strict=True):
-        back, weights, forth = kernels.forms(m, k)
-        sizes = [sum(g * g for g in a) * sum(b * b for b in c) for a, c in zip(weights, forth, strict=True)]
-        product *= max(float(sum(a * a * n for a, n in zip(row, sizes, strict=True))) for row in back) / k
+    for along in transforms:
+        sizes = [sum(g * g for g in a) * sum(b * b for b in c) for a, c in zip(along.weights, along.forth, strict=True)]
+        largest = 0.0
+        for row in along.back:
+            used = [column for a, column in zip(row, along.weights, strict=True) if a]
+            taps = sum(map(any, zip(*used, strict=True)))
+            largest = max(largest, float(sum(a * a * n for a, n in zip(row, sizes, strict=True))) / taps)
+        product *= largest
     return math.sqrt(product)
 
 
@@ -424,10 +463,9 @@ def _error(request: Request) -> float:
     """Sums over channels (or tiles), of numbers that are larger than the result."""
     if request.direction is Direction.GRAD_WEIGHT:
         taps, tile, terms = winograd_weight.summed(request)
-        return growth(taps, tile) * summation_error(terms)
+        return growth([kernels.ahead(k, m, 1) for k, m in zip(taps, tile, strict=True)]) * summation_error(terms)
     seen, form = work(request), way(request).form
-    taps = tuple(side.kernel for side in sides_of(seen))
-    return growth(form.tile, taps) * summation_error(seen.group_in + sum(form.patch))
+    return growth(form.along) * summation_error(seen.group_in + sum(form.numbers))
 
 
 def _cost(request: Request) -> Cost:

@@ -27,6 +27,38 @@ def test_the_forms_are_convolutions(outputs, taps):
             assert times(back, products) == [int(i + tap == at) for i in range(outputs)]
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("taps", [3, 4, 5])
+@pytest.mark.parametrize("outputs", [1, 2, 4])
+def test_a_stride_splits_places_and_taps(outputs, taps, stride):
+    form = winograd.ahead(outputs, taps, stride)
+    assert [form.outputs, form.step, form.first] == [outputs, outputs * stride, 0]
+    assert form.products == form.places == (outputs - 1) * stride + taps
+    for at in range(form.places):
+        for tap in range(taps):
+            assert met(form, at, tap, taps) == [int(i * stride + tap == at) for i in range(outputs)]
+
+
+@pytest.mark.parametrize(("stride", "shift"), [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
+@pytest.mark.parametrize("taps", [3, 4, 5])
+@pytest.mark.parametrize("outputs", [1, 2, 4])
+def test_a_stride_splits_the_results_of_the_gradient(outputs, taps, stride, shift):
+    form = winograd.turned(outputs, taps, stride, shift)
+    assert [form.outputs, form.step] == [stride * outputs, outputs]
+    assert form.products == stride * outputs + taps - stride
+    for at in range(form.places):
+        for tap in range(taps):
+            right = [int(i + shift - tap == (at + form.first) * stride) for i in range(form.outputs)]
+            assert met(form, at, tap, taps) == right
+
+
+def met(form, at, tap, taps):
+    """What a tile is if one place of the input, and one tap, are 1."""
+    inputs, kernel = [int(i == at) for i in range(form.places)], [int(k == tap) for k in range(taps)]
+    products = [a * b for a, b in zip(times(form.weights, kernel), times(form.forth, inputs), strict=True)]
+    return times(form.back, products)
+
+
 def test_the_points_are_different_and_of_few_digits():
     assert [str(point) for point in winograd.points(7)] == ["0", "1", "-1", "2", "-2", "1/2", "-1/2"]
     assert len(set(winograd.points(15))) == 15

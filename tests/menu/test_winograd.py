@@ -56,11 +56,20 @@ WAYS = {
     "3-D, few": "n1 c18 o18 x3x5x6 k3x3x3 p1",
     "depth alone": "n1 c6 o9 x9x5x7 k3x1x1 p1x0x0",
     "depth and width": "n1 c6 o9 x9x5x7 k3x1x3 p1x2x0",
+    "two taps": "n2 c19 o35 x201 k2 p1:0",
+    "two taps and three": "n2 c6 o18 x15x14 k2x3 p0x1",
+    "stride 2, 1-D": "n2 c19 o35 x201 k3 s2 p1",
+    "stride 2": "n2 c9 o18 x19x22 k3x3 s2 p1",
+    "stride 2, four taps": "n2 c9 o18 x19x22 k4x4 s2 p1",
+    "stride 2, many taps": "n1 c3 o5 x29x23 k5x6 s2 p2x3",
+    "stride 2 along rows": "n1 c9 o18 x19x22 k3x2 s2x1 p-1x2",
+    "stride 2, 3-D": "n1 c6 o9 x7x9x8 k3x3x2 s2x1x2 p1x1x0",
     "no channels": "n1 c0 o3 x9x9 k3x3 p1",
     "no images": "n0 c4 o3 x9x9 k3x3 p1",
     "no outputs": "n1 c4 o0 x9x9 k3x3 p1",
 }
 BORDERS = {mode: f"n2 c5 o19 x13x17 k3x3 p2x1:3 m{mode}" for mode in PADDING_MODES if mode != "zeros"}
+BORDERS["stride 2, reflect"] = "n2 c5 o19 x13x17 k3x4 s2 p2x1:3 mreflect"
 
 
 def asked_for(text, dtype=torch.float32, direction=Direction.FORWARD, **more):
@@ -158,16 +167,21 @@ def test_memory_of_any_strides(layout, direction, last):
 
 @st.composite
 def problems(draw):
-    """Kernels of three taps, or one, that move by one place."""
+    """Kernels of up to three taps that move by one place, or twice as many that move by two."""
     dims, mode = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from(PADDING_MODES))
-    kernel = draw(st.tuples(*[st.sampled_from((3, 3, 1))] * dims).filter(lambda kernel: 3 in kernel))
+    sides = draw(
+        st.lists(
+            st.sampled_from(((3, 1), (3, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2))), min_size=dims, max_size=dims
+        ).filter(lambda sides: any(taps > stride for taps, stride in sides))
+    )
+    kernel, stride = zip(*sides, strict=True)
     largest = {1: 70, 2: 24, 3: 9}[dims]
-    spatial = tuple(draw(st.integers(4, largest)) for _ in range(dims))
+    spatial = tuple(draw(st.integers(6, largest)) for _ in range(dims))
     padding = tuple((draw(st.integers(0, 2)), draw(st.integers(-1, 2))) for _ in range(dims))
     groups, c, o = draw(st.sampled_from((1, 1, 2))), draw(st.integers(1, 20)), draw(st.integers(1, 20))
     ones = (1,) * dims
     return ConvProblem(
-        draw(st.integers(1, 3)), c * groups, o * groups, spatial, kernel, ones, padding, ones, groups, mode
+        draw(st.integers(1, 3)), c * groups, o * groups, spatial, kernel, stride, padding, ones, groups, mode
     )
 
 
@@ -267,7 +281,7 @@ def test_the_sums_stay_in_registers(text, target, monkeypatch):
 @pytest.mark.parametrize(("tile", "most"), [(2, 2e-6), (4, 1e-5)])
 def test_the_error_that_is_stated(tile, most, positive, monkeypatch):
     """Against float64, beside that of a direct sum, and how it grows with channels."""
-    monkeypatch.setattr(winograd, "_outputs", lambda side, _: 1 if side.kernel == 1 else tile)
+    monkeypatch.setattr(winograd, "_outputs", lambda made, side, most, turned: 1 if side.kernel == 1 else tile)
     forget()
     for channels in (4, 64, 512):
         asked = asked_for(f"n1 c{channels} o16 x12x12 k3x3 p1")
@@ -280,11 +294,14 @@ def test_the_error_that_is_stated(tile, most, positive, monkeypatch):
 
 
 def test_larger_tiles_lose_more():
-    growths = [winograd.growth((1, m, m), (1, 3, 3)) for m in (2, 4, 6)]
+    growths = [winograd.growth((kernels.ahead(m, 3, 1),) * 2) for m in (2, 4, 6)]
     assert growths == sorted(growths)
     assert growths[0] < 2
     assert 25 < growths[1] < 40
-    assert winograd.growth((1, 1, 1), (1, 1, 1)) == 1
+    assert winograd.growth((kernels.ahead(1, 1, 1),)) == 1
+    # Of its two parts, one loses as F(4,2) does, and the other nothing.
+    assert 1 < winograd.growth((kernels.ahead(4, 3, 2),)) < winograd.growth((kernels.ahead(4, 2, 1),))
+    assert winograd.growth((kernels.turned(4, 3, 2, 1),)) == winograd.growth((kernels.ahead(4, 2, 1),))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +337,9 @@ def test_what_is_refused_is_said():
         ("n1 c2 o2 x8x8 k5x3", {"direction": Direction.GRAD_WEIGHT}, "3 taps"),
         ("n1 c2 o2 x8x8 k5x3", {}, "this one is 5x3"),
         ("n1 c2 o2 x8x8 k1x1", {}, "this one is 1x1"),
-        ("n1 c2 o2 x8x8 k3x3 s2", {}, "stride 1"),
+        ("n1 c2 o2 x8x8 k2x2 s2", {}, "this one is 2x2"),
+        ("n1 c2 o2 x8x8 k1x3 s2", {}, "this one is 1x3"),
+        ("n1 c2 o2 x8x8 k3x3 s3", {}, "strides up to 2"),
         ("n1 c2 o2 x8x8 k3x3 d2", {}, "no dilation"),
         (f"n1 c2 o2 x8x8 k3x3 p{1 << 21}", {}, "tables list every place"),
     ]:
@@ -361,7 +380,6 @@ def test_the_slab_of_the_kernel_is_that_of_the_menu():
         for vectors in (1, 2, 3, 4):
             asked = asked_for(WAYS["small"])
             cut = winograd.way(asked)._replace(lanes=lanes, vectors=vectors)
-            shape = kernels.Shape(
-                "float", lanes, cut.form.tile, (1, 3, 3), "rows", False, 1, vectors, False, "all", 0, False, False, None
-            )
+            form, forward = cut.form, (False, "all", 0, False, False, None)
+            shape = kernels.Shape("float", lanes, form.tile, (1, 3, 3), form.along, "rows", False, 1, vectors, *forward)
             assert shape.slab == winograd._slab(lanes, vectors)
