@@ -28,7 +28,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     separable.ALGORITHM,  # a kernel that is a product of lines: a pass for each; only where it is named
     direct.ALGORITHM,  # a matrix product for each block of the output, on strips gathered first
     pointwise.ALGORITHM,  # one tap: a matrix product on the input as it lies
-    winograd.ALGORITHM,  # three taps: sums and differences before, and fewer products
+    winograd.ALGORITHM,  # two or three taps: sums and differences before, and fewer products
     builtin.ALGORITHM,  # torch's own, where it is allowed
     reference.ALGORITHM,  # the definition in tensor operations; it cannot refuse
 )

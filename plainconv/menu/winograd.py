@@ -54,7 +54,8 @@ MOST_SCALARS = 8  # of the registers of a product; each has its own address
 # Cycles, measured on one core with AVX-512; each of a vector, or of a vector in each matrix.
 CYCLES_PER_SECOND = 3.67e9
 PRODUCT = 1.06  # multiplied and added
-FAR_PRODUCT = 1.4  # with patches or a weight that come from the cache that cores share
+FAR_WEIGHT = 1.2  # with a weight that comes from the cache that cores share, once for each block
+FAR_PATCHES = 1.4  # with patches from there
 FAR_BYTES = 1 << 20
 LEAST_SUMS = 8  # fewer wait for each other
 STEP = 0.5  # and of the product's loop
@@ -475,7 +476,7 @@ def _cost(request: Request) -> Cost:
 
 
 def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) -> Cost:
-    """Cycles of the transforms and of the products, or memory, whichever is longer, and the calls.
+    """Cycles of transforms and products, and what the caches take; or memory, if that is longer; and the calls.
 
     forth, back, weigh: cycles of the transforms, for each vector of each matrix.
     """
@@ -487,7 +488,11 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     tiles = seen.batch * math.prod(cut.tiles)
     weight = matrices * terms * out_tiles * cut.vectors * cut.lanes * size
     patches = _room(request, cut).patches * size
-    product = PRODUCT if max(patches, 0 if cut.apart else weight) <= FAR_BYTES else FAR_PRODUCT
+    product = PRODUCT
+    if weight > FAR_BYTES and not cut.apart:  # Fourier transforms have more numbers, each with fewer products
+        product = FAR_PATCHES if cut.form.fourier else FAR_WEIGHT
+    if patches > FAR_BYTES:
+        product = FAR_PATCHES
 
     def products(count: int) -> float:
         """Of so many tiles, for a tile of outputs and a matrix."""
@@ -507,8 +512,9 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     cycles *= matrices * engine.vector_cycles(register, target)
     busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
     moved = moved_bytes(request)
-    memory = moved / (CACHED if moved < 16 << 20 else BYTES_PER_SECOND)
-    seconds = max(cycles * busy / CYCLES_PER_SECOND, memory) + 2 * engine.launches_s(cut.shares)
+    computed = cycles * busy / CYCLES_PER_SECOND + moved / CACHED
+    memory = moved / BYTES_PER_SECOND if moved >= 16 << 20 else 0.0
+    seconds = max(computed, memory) + 2 * engine.launches_s(cut.shares)
     multiplies = seen.groups * tiles * matrices * terms * seen.group_out
     return Cost(multiplies, moved, sum(workspace(request, cut)), seconds)
 

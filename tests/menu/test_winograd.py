@@ -355,6 +355,7 @@ def test_auto_takes_it_where_it_wins():
     many, few = (1, 128, 56, 56), (1, 3, 56, 56)
     assert plainconv.explain(torch.empty(many), torch.empty(128, 128, 3, 3), padding=1).chosen == "winograd"
     assert plainconv.explain(torch.empty(few), torch.empty(8, 3, 3, 3), padding=1).chosen != "winograd"
+    assert plainconv.explain(torch.empty(1, 512, 4999), torch.empty(512, 512, 3), stride=2).chosen == "winograd"
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
