@@ -18,6 +18,7 @@ from plainconv.functional import (
 )
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import algorithms, tune, tuning
+from plainconv.replace import swap, unswap
 from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
 from plainconv.version import __version__
 
@@ -38,6 +39,8 @@ __all__ = [
     "nn",
     "set_allow_builtin",
     "set_max_workspace",
+    "swap",
     "tune",
     "tuning",
+    "unswap",
 ]

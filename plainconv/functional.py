@@ -374,6 +374,11 @@ def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}")
+        if type(value).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"{name}() takes tensors of one process, but got a DTensor as {argument}; leave such layers to torch "
+                "(plainconv.unswap(model), or exclude= of plainconv.swap), or take its to_local() or full_tensor()"
+            )
         if value.layout is not torch.strided or value.is_nested or value.is_quantized:
             kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)
             raise NotImplementedError(

@@ -41,6 +41,7 @@ FLOORS = {
     "ops": 6,
     "functional": 7,
     "nn": 8,
+    "replace": 9,
     "picture": 9,
     "train": 10,
     "bench": 10,
@@ -131,8 +132,10 @@ def test_public_names():
         "nn",
         "set_allow_builtin",
         "set_max_workspace",
+        "swap",
         "tune",
         "tuning",
+        "unswap",
     ]
     assert sorted(plainconv.nn.__all__) == [
         "Conv1d",
