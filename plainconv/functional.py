@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from plainconv import ops, settings
+from plainconv import onnx, ops, settings
 from plainconv.arguments import Spec, Spelled, settle
 from plainconv.plan import Explanation, check_algorithm, explain_request
 from plainconv.problem import Direction, Geometry
@@ -286,7 +286,10 @@ def _call(
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
     first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
-    result = ops.watched(first, weight, bias, make)
+    if onnx.exporting():
+        result = onnx.convolution(first, weight, bias, make.direction, make.shape, make.geometry)
+    else:
+        result = ops.watched(first, weight, bias, make)
     return result if batched else result.squeeze(0)
 
 

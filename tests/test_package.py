@@ -30,6 +30,7 @@ FLOORS = {
     "problem": 0,
     "remember": 0,
     "border": 1,
+    "onnx": 1,
     "settings": 1,
     "cpu": 1,
     "arguments": 1,
