@@ -39,11 +39,10 @@ def padded(count: int, to: int) -> int:
 
 
 def fewer_idle(along: int, size: int, target: cpu.Target) -> int:
-    """Lanes of the widest register, or of half of it where that leaves many fewer of `along` numbers' lanes idle."""
-    lanes = target.bits // 8 // size
-    while lanes > 16 // size and HALF_REGISTER * padded(along, lanes // 2) < padded(along, lanes):
-        lanes //= 2
-    return lanes
+    """Lanes of the registers that hold `along` numbers in the fewest cycles; of two that are equal, the narrower."""
+    widest = target.bits // 8 // size
+    choices = (lanes for lanes in (16 // size, 32 // size, 64 // size) if lanes <= widest)
+    return min(choices, key=lambda lanes: -(-along // lanes) * vector_cycles(lanes * size * 8, target))
 
 
 def vector_cycles(bits: int, target: cpu.Target) -> float:

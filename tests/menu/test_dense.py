@@ -13,7 +13,7 @@ from guarded import guarded
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
 from plainconv.cpu.emit import natives
-from plainconv.menu import axes, cuts, dense, direct, pointwise, products
+from plainconv.menu import axes, cuts, dense, direct, engine, pointwise, products
 from plainconv.menu.base import Tensors
 from plainconv.problem import ACTIVATIONS, ConvProblem, Direction
 
@@ -451,3 +451,15 @@ def test_a_depth_that_no_tap_reaches_is_zero(channels_last):
         "n2 c3 o2 x2x1x1 k1x1x1 s2x1x1 p0x0x0:1", direction=Direction.GRAD_INPUT, channels_last=channels_last
     )
     check(pointwise.ALGORITHM, asked, integers)
+
+
+@pytest.mark.parametrize(
+    ("along", "size", "bits", "lanes"),
+    [
+        *((19, 4, 512, 8), (36, 4, 512, 8), (24, 4, 512, 8), (9, 4, 512, 16), (32, 4, 512, 16), (7, 4, 512, 8)),
+        *((3, 4, 512, 4), (19, 4, 256, 8), (4, 4, 256, 4), (9, 8, 512, 4), (8, 8, 512, 8), (2, 8, 128, 2)),
+    ],
+)
+def test_lanes_of_the_fewest_cycles(along, size, bits, lanes):
+    """A quarter of a register takes as long as half of one, so more of them are no gain."""
+    assert engine.fewer_idle(along, size, cpu.Target("", "", "", bits)) == lanes
