@@ -276,7 +276,7 @@ def _call(
                 return recorded(input, weight, bias) if torch.is_grad_enabled() else run(input, weight, bias)
         if (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
             first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
-            call = ops.ready(first, weight, bias, make)
+            call = ops.remembered(first, weight, bias, make)
             run, recorded = (way if batched else _unbatched(way) for way in (call.run, call.recorded))
             if key is not None:
                 given = (input, weight) if bias is None else (input, weight, bias)
@@ -304,6 +304,10 @@ def _key(
     function: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> Any:
     """All that a plain call depends on but its tensors, and sizes to find it by; None if that cannot be said."""
+    if type(input) not in ops.PLAIN or type(weight) not in ops.PLAIN or torch._C._get_tracing_state() is not None:
+        return None  # such sizes may be no numbers, and to ask for them may leave a trace
+    if input is weight or input is bias or weight is bias:
+        return None  # torch's guard tells objects apart
     try:
         return (
             function,
@@ -314,7 +318,7 @@ def _key(
             settings.current,
             torch.get_num_threads(),
         )
-    except (ValueError, AttributeError, RuntimeError):  # options beyond numbers, text, lists and tuples; or no tensors
+    except (ValueError, RuntimeError):  # options beyond numbers, text, lists and tuples; a nested tensor has no sizes
         return None
 
 

@@ -38,7 +38,7 @@ from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.remember import on_forget
 from plainconv.settings import Settings
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _Kept = TypeVar("_Kept")
 _Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -85,7 +85,7 @@ def convolve(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
     `bias` [channels of the result] is added to it (None in GRAD_WEIGHT).
     """
     if not torch.compiler.is_compiling() and (watch := watching(first, second, bias)) is not Watch.ELSE:
-        call = _remembered(first, second, bias, make)
+        call = remembered(first, second, bias, make)
         return call.run(first, second, bias) if watch is Watch.NOTHING else call.recorded(first, second, bias)
     return watched(first, second, bias, make)
 
@@ -142,12 +142,12 @@ class Watch(Enum):
 def watching(first: Tensor, second: Tensor, bias: Tensor | None) -> Watch:
     """Whether this call may run at once: no subclass, no unusual storage, no forward-mode level, no functorch
     transform, no mode, no tracing, no autocast; and whether a gradient is asked for."""
-    if type(first) not in _PLAIN or type(second) not in _PLAIN:
+    if type(first) not in PLAIN or type(second) not in PLAIN:
         return Watch.ELSE
     device = _PLAIN_KEYS.get(_keys_of(first).raw_repr())
     if device is None or _PLAIN_KEYS.get(_keys_of(second).raw_repr()) != device:
         return Watch.ELSE
-    if bias is not None and (type(bias) not in _PLAIN or _PLAIN_KEYS.get(_keys_of(bias).raw_repr()) != device):
+    if bias is not None and (type(bias) not in PLAIN or _PLAIN_KEYS.get(_keys_of(bias).raw_repr()) != device):
         return Watch.ELSE
     if (
         forward_ad._current_level >= 0
@@ -165,7 +165,7 @@ def watching(first: Tensor, second: Tensor, bias: Tensor | None) -> Watch:
 
 
 def guard(*tensors: Tensor) -> Callable[..., bool]:
-    """What says of tensors whether all that a call depends on, but their values, is as it is now for these.
+    """What says of distinct tensors whether all that a call depends on, but their values, is as it is now for these.
 
     That is type, dtype, device, sizes, strides, requires_grad and dispatch keys of each, and what torch dispatches by
     in this thread: modes, transforms, autocast, inference mode, tracing.  Not in it: whether gradients are enabled, and
@@ -224,7 +224,7 @@ class Call:
         roles = (*self.make.direction.given, self.make.direction.makes)
         make = self.derivative(roles[of], given[of])
         a, b = (roles.index(role) for role in make.direction.given)
-        return _remembered(given[a], given[b], bias, make).run, a, b
+        return remembered(given[a], given[b], bias, make).run, a, b
 
     def derivative(self, role: str, like: Tensor) -> Make:
         """As Make's: a given tensor has the same shape and strides in every call."""
@@ -264,7 +264,7 @@ class _Backward(NamedTuple):
         return of_first, of_second, bias
 
 
-def _remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
+def remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
     """Sizes become a problem, the problem a plan, and that a call: once for tensors that lie alike."""
     lies = None if bias is None else bias.stride()
     sizes = (make, first.shape, first.stride(), second.shape, second.stride(), lies)
@@ -620,7 +620,7 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
         if bias is not None and direction is Direction.GRAD_WEIGHT:
             raise RuntimeError(f"plainconv::{name} adds no bias")
         with _without_autocast(first.device.type):
-            return _remembered(first, second, bias, Make.of(direction, *operands)).run(first, second, bias)
+            return remembered(first, second, bias, Make.of(direction, *operands)).run(first, second, bias)
 
     def fake(first: Tensor, second: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
         make = Make.of(direction, *operands)

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import channels_last, spread
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +39,10 @@ def test_a_call_is_settled_and_planned_once(monkeypatch):
     assert len(calls) == len(functional._READY) == 2
 
 
-@pytest.mark.parametrize("algorithm", [name for name in plainconv.algorithms() if name not in ("loops", "pointwise")])
+OTHERS = ("loops", "pointwise", "separable")  # for every pixel, for kernels of one tap, and for those of rank 1
+
+
+@pytest.mark.parametrize("algorithm", [name for name in plainconv.algorithms() if name not in OTHERS])
 def test_calls_in_turn_on_tensors_that_lie_differently(algorithm):
     """What was bound for one layout of input, weight or bias must not serve another."""
     groups = 4 if algorithm == "depthwise" else 1
@@ -190,3 +196,31 @@ def test_what_a_remembered_call_must_not_serve(change):
     torch.testing.assert_close(CHANGES[change](x, w), first, rtol=0, atol=0)
     assert torch.equal(plainconv.conv2d(x, w), plain)
     assert functional._READY, "the plain ones were remembered"
+
+
+def test_sizes_that_are_symbols():
+    """What torch traces with open sizes has none that can be looked up."""
+    x, w = torch.randn(X), torch.randn(W)
+    traced = make_fx(lambda x, w: plainconv.conv2d(x, w, padding=1), tracing_mode="symbolic")(x, w)
+    more = torch.randn(X[0] + 1, *X[1:])
+    torch.testing.assert_close(traced(more, w), F.conv2d(more, w, padding=1), rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        first, second = (mode.from_tensor(tensor, static_shapes=False) for tensor in (x, w))
+        assert isinstance(plainconv.conv2d(first, second), FakeTensor)
+
+
+def test_torch_jit_traces_a_function_or_says_why_not():
+    x, w = torch.randn(X), torch.nn.Parameter(torch.randn(W))
+    with pytest.raises(RuntimeError, match="Cannot insert a Tensor that requires grad as a constant"):
+        torch.jit.trace(lambda x: plainconv.conv2d(x, w), x)
+    fixed = w.detach()
+    traced = torch.jit.trace(lambda x: plainconv.conv2d(x, fixed), x)
+    torch.testing.assert_close(traced(x), F.conv2d(x, fixed), rtol=1e-4, atol=1e-4)
+
+
+def test_one_tensor_twice():
+    """Torch's guard says no where one object is given twice: nothing is kept that would never fit."""
+    x = torch.randn(4, 4, 3, 3)
+    for _ in range(3):
+        torch.testing.assert_close(plainconv.conv2d(x, x), F.conv2d(x, x), rtol=1e-4, atol=1e-4)
+    assert not functional._READY

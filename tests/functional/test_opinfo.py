@@ -512,13 +512,13 @@ def test_only_what_needs_a_gradient_is_computed(name, monkeypatch):
     from plainconv.plan import forget
 
     directions = []
-    original = ops._remembered
+    original = ops.remembered
 
     def watched(first, second, bias, make):
         directions.append(make.direction.name)
         return original(first, second, bias, make)
 
-    monkeypatch.setattr(ops, "_remembered", watched)
+    monkeypatch.setattr(ops, "remembered", watched)
     sample = samples(name)[0]
     for asks in itertools.product([False, True], repeat=3):
         if not any(asks):
