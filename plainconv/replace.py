@@ -79,8 +79,8 @@ def swap(
     Args:
         model: any module; itself a convolution layer, or with such in it.
         algorithm: for all layers that change, "auto" or one of plainconv.algorithms().
-        include: only these layers; None: all.  A pattern for the layer's name in the model ("backbone.*"), a class, a
-            function of name and layer, or several of them.
+        include: only these layers; None: all.  A pattern for the layer's name in the model ("backbone.*"; the first one
+            of a layer that has several), a class, a function of name and layer, or several of them.
         exclude: and not these.
 
     Returns:
@@ -93,19 +93,26 @@ def swap(
     """
     check_algorithm(algorithm)
     _check_model("swap", model)
-    changed, kept = {}, {}
+    included, excluded = _listed(include), _listed(exclude)
+    kinds, kept = {}, {}
     for name, layer in _convolutions(model):
         why = _why_not(layer)
-        if why is None and include is not None and not _picked(include, name, layer):
+        if why is None and include is not None and not _picked(included, name, layer):
             why = "include does not name it"
-        if why is None and exclude is not None and _picked(exclude, name, layer):
+        if why is None and _picked(excluded, name, layer):
             why = "exclude names it"
+        if why is None:
+            try:
+                kinds[name] = layer, _swapped_of(type(layer))
+            except TypeError as error:
+                why = f"{type(layer).__name__} cannot be derived from: {error}"
         if why is not None:
             kept[name] = why
-            continue
+    changed = {}
+    for name, (layer, kind) in kinds.items():  # once all is known, so that an error leaves the model as it was
         old = type(layer)
         layer._plainconv = _Held(name, algorithm)  # type: ignore[assignment]
-        layer.__class__ = _swapped_of(old)
+        layer.__class__ = kind
         changed[name] = old.__name__, type(layer).__name__
     return Report(changed, kept)
 
@@ -124,7 +131,7 @@ def unswap(model: nn.Module) -> Report:
             continue
         new: type[Any] = type(layer)
         layer.__class__ = _original_of(new)  # type: ignore[assignment]
-        del layer._plainconv
+        vars(layer).pop("_plainconv", None)
         changed[name] = new.__name__, type(layer).__name__
     return Report(changed, kept)
 
@@ -168,9 +175,14 @@ def _method(base: type[nn.Module]) -> str:
     return "forward" if issubclass(base, _ConvTransposeNd) else "_conv_forward"
 
 
-def _picked(picks: Pick | Iterable[Pick], name: str, layer: nn.Module) -> bool:
-    several = [picks] if isinstance(picks, str | type) or callable(picks) else list(picks)
-    return any(_picks(pick, name, layer) for pick in several)
+def _listed(picks: Pick | Iterable[Pick] | None) -> list[Pick]:
+    if picks is None:
+        return []
+    return [picks] if isinstance(picks, str) or callable(picks) else list(picks)
+
+
+def _picked(picks: list[Pick], name: str, layer: nn.Module) -> bool:
+    return any(_picks(pick, name, layer) for pick in picks)
 
 
 def _picks(pick: Pick, name: str, layer: nn.Module) -> bool:
@@ -183,6 +195,11 @@ def _check_model(function: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise RuntimeError(
+                f"plainconv.{function} comes before a model is compiled, but {repr(name) if name else 'the model'} has "
+                "had its compile() called; call it on the plain model"
+            )
         for known in type(module).__mro__:
             if known.__name__ in _WRAPPERS and known.__module__.startswith("torch."):
                 raise RuntimeError(
@@ -206,7 +223,7 @@ class _Swapped(nn.Module):
     """What marks the classes that swap makes, and how their instances are copied and pickled."""
 
     _original: type[nn.Module]
-    _plainconv: _Held
+    _plainconv = _Held("", AUTO)  # of an instance that somebody makes of such a class
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Such a class cannot be found by its name; the one that it was derived from can.
@@ -307,7 +324,8 @@ def _call(self: Any, *arguments: Any) -> Tensor:
         return function(*arguments, padding_mode=mode, algorithm=algorithm)
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            f"torch.jit cannot trace {_told(self)}, which plainconv computes; call plainconv.unswap(model) first"
+            f"torch.jit cannot trace {_told(self)}, which plainconv computes; call plainconv.unswap(model) first, "
+            "or say dynamo=True to torch.onnx.export"
         )
     try:
         return function(*arguments, padding_mode=mode, algorithm=algorithm)

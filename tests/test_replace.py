@@ -182,6 +182,31 @@ def test_the_algorithm_is_that_of_each_layer(model, x):
         plainconv.swap(model, "fast")
 
 
+def test_a_generator_picks_for_all_layers(model):
+    assert list(plainconv.swap(model, exclude=(name for name in ("first", "up"))).changed) == ["body.0", "body.2"]
+
+
+def test_a_class_that_cannot_be_derived_from_is_kept():
+    class Tagged(nn.Conv2d):
+        def __init_subclass__(cls, *, tag, **how):
+            super().__init_subclass__(**how)
+
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), Tagged(1, 1, 1))
+    report = plainconv.swap(model)
+    assert list(report.changed) == ["0"]
+    assert "Tagged cannot be derived from: " in report.kept["1"]
+    assert "tag" in report.kept["1"]
+
+
+def test_a_layer_that_is_made_of_a_swapped_class_computes_too(x):
+    layer = nn.Conv2d(3, 4, 3)
+    plainconv.swap(layer)
+    made = type(layer)(3, 4, 3)
+    ours = made(x)
+    plainconv.unswap(made)
+    close(ours, made(x))
+
+
 def test_a_layer_of_plainconv_is_left():
     layer = plainconv.nn.Conv2d(1, 1, 1)
     assert plainconv.swap(layer).kept == {"": "it is plainconv's own layer"}
@@ -354,6 +379,9 @@ def test_it_comes_before_the_model_is_wrapped(model, function):
     ):
         with pytest.raises(RuntimeError, match=f"comes before .*{told} already; call it on the plain model"):
             function(wrapped)
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"but the model has had its compile\(\) called"):
+        function(model)
     with pytest.raises(TypeError, match=r"argument 'model' must be torch\.nn\.Module, not list"):
         function([model])
 
