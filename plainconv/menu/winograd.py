@@ -32,7 +32,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import fourier
 from plainconv.cpu import winograd as kernels
-from plainconv.cpu.launch import launch
+from plainconv.cpu.launch import launch_all
 from plainconv.cpu.winograd import Along
 from plainconv.menu import engine, winograd_weight
 from plainconv.menu.axes import Work, work
@@ -434,7 +434,7 @@ def _why_not(request: Request) -> str | None:
         return f"it is for strides up to {MOST_STRIDE} and no dilation"
     parts = [(side.kernel // side.stride, -(-side.kernel // side.stride)) for side in sides]
     if any(few < 1 or many > MOST_TAPS for few, many in parts) or all(many == 1 for _, many in parts):
-        some = f"2 to {MOST_TAPS} taps (along some dimensions 1), or twice as many with a stride of 2"
+        some = f"2 to {MOST_TAPS} taps (along some dimensions 1), or 2 to {2 * MOST_TAPS} with a stride of 2"
         return f"it is for kernels of {some}, and this one is {_times(problem.kernel)}"
     return winograd_weight.why_not(problem) if request.direction is Direction.GRAD_WEIGHT else None
 
@@ -514,7 +514,7 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     moved = moved_bytes(request)
     computed = cycles * busy / CYCLES_PER_SECOND + moved / CACHED
     memory = moved / BYTES_PER_SECOND if moved >= 16 << 20 else 0.0
-    seconds = max(computed, memory) + 2 * engine.launches_s(cut.shares)
+    seconds = max(computed, memory) + engine.launches_s(cut.shares)
     multiplies = seen.groups * tiles * matrices * terms * seen.group_out
     return Cost(multiplies, moved, sum(workspace(request, cut)), seconds)
 
@@ -547,8 +547,11 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors) -> Bound:
             patches,
             scratch,
         )
-        for step in ready.steps:
-            launch(step.kernel, (*given, step.settled.data_ptr()), step.shares, threads)
+        jobs = [
+            (step.kernel, (*given, step.settled.data_ptr()), step.shares, number > 0)
+            for number, step in enumerate(ready.steps)
+        ]
+        launch_all(jobs, threads)
 
     return call
 
