@@ -71,7 +71,9 @@ def test_filter_writes_a_picture_of_the_same_kind():
         assert np.array_equal(np.asarray(image), ARRAY)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", *(a for a in algorithms() if a not in ("pointwise", "builtin"))])
+@pytest.mark.parametrize(
+    "algorithm", ["auto", *(a for a in algorithms() if a not in ("pointwise", "separable", "builtin"))]
+)
 def test_every_algorithm_makes_the_same_picture(algorithm):
     result = run("filter", "a.png", "--kernel", "-2 -1 0; -1 1 1; 0 1 2", "--algorithm", algorithm, "--out", "b.png")
     assert result.exit_code == 0, result.output

@@ -33,8 +33,9 @@ def _tile(request: Request, target: Target) -> lanes.Tile:
 
 def _why_not(request: Request) -> str | None:
     sentence = channels.why_not_groups(request) if request.channels_last else lanes.why_not(request)
-    if sentence is None and request.problem.group_in == request.problem.group_out == 1:
-        return "with one input and one output channel a group, its kernel is the one of depthwise"
+    problem = request.problem
+    if sentence is None and problem.groups > 1 and problem.group_in == problem.group_out == 1:
+        return "with one channel a group its kernel is the one of depthwise; use algorithm='depthwise'"
     return sentence
 
 

@@ -96,7 +96,8 @@ def lines(w: Tensor) -> tuple[Tensor, ...] | str:
         return "its kernel has numbers that are not finite"
     where = int((off > allowed).any(1).nonzero()[0])
     far = float(off[where].max())
-    return f"its kernel is no product of lines (of rank 1): that of channel {where} is off by {far:.2g}"
+    told = f"its kernel is no product of lines (of rank 1): that of channel {where} is off by {far:.2g}"
+    return f"{told}; leave algorithm= at 'auto'"
 
 
 # -- the passes ------------------------------------------------------------------------------------------------------

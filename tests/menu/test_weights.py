@@ -261,6 +261,6 @@ def test_a_workspace_is_kept_small_on_request():
 def test_the_gradient_is_chosen_for_dense_layers():
     from plainconv.plan import plan
 
-    for text in ("n2 c64 o64 x56x56 k3x3 p1", "n2 c256 o64 x28x28 k1x1"):
+    for text in ("n2 c64 o64 x56x56 k5x5 p2", "n2 c256 o64 x28x28 k1x1"):
         for last in (False, True):
             assert plan(asked_for(text, channels_last=last)).algorithm.name == algorithm_for(text).name
