@@ -329,7 +329,7 @@ def _chosen(told: Explanation) -> Any:
 def _regret(
     layer: Layer, setting: Setting, given: Tensors, told: Sequence[Explanation], expected: Sequence[Exact]
 ) -> Regret | None:
-    """Every able algorithm beside "auto", in the memory format given; None for "train", which is three choices."""
+    """Every algorithm that might have been chosen beside "auto", in the memory format given; None for "train", which is three choices."""
     if setting.direction == "train":
         return None
     (explanation,) = told
@@ -338,7 +338,7 @@ def _regret(
     left_out: dict[str, str] = {}
     for verdict in explanation.verdicts:
         name = verdict.algorithm.name
-        if verdict.cost is None:
+        if verdict.cost is None or not verdict.may_be_chosen:
             continue
         if verdict.cost.seconds > FAR * least:
             left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times the best"

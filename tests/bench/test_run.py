@@ -23,6 +23,7 @@ PEAKS = Peaks(1e11, ((1 << 15, 1e-6), (1 << 28, 1e-2)), 1e-6)
 PLAIN = Layer("tiny", "plain", ConvProblem.parse("n1 c3 o4 x9x8 k3x3 p1"))
 TRANSPOSED = Layer("tiny", "up", ConvProblem.parse("n2 c4 o6 x8x9 k3x3 s2 p1"), transposed=True)
 ROW = Layer("line", "row", ConvProblem.parse("n1 c4 o4 x20 k3 g4"))
+DEPTHWISE = Layer("tiny", "depthwise", ConvProblem.parse("n1 c4 o4 x12x12 k3x3 g4"))
 
 
 def setting(direction="forward", dtype=torch.float32, **more):
@@ -120,6 +121,13 @@ def test_regret():
     assert "times the best" in regret.left_out["loops"]
     assert not set(regret.seconds) & set(regret.left_out)
     assert "plain: regret" in bench.table([row])
+
+
+def test_the_regret_is_of_what_might_have_been_chosen():
+    """separable looks at values, and refuses most."""
+    regret = bench.measure(DEPTHWISE, setting(regret=True)).regret
+    assert "separable" not in {*regret.seconds, *regret.left_out}
+    assert "depthwise" in regret.seconds
 
 
 def test_the_machine_is_measured_after_each_layer_and_the_best_counts(monkeypatch):
