@@ -329,7 +329,7 @@ def _chosen(told: Explanation) -> Any:
 def _regret(
     layer: Layer, setting: Setting, given: Tensors, told: Sequence[Explanation], expected: Sequence[Exact]
 ) -> Regret | None:
-    """Every algorithm that might have been chosen beside "auto", in the memory format given; None for "train", which is three choices."""
+    """What might be chosen, beside "auto", in the memory format given; None for "train", which is three choices."""
     if setting.direction == "train":
         return None
     (explanation,) = told
