@@ -184,6 +184,7 @@ def test_other_kernels_are_refused_in_every_call():
     ("text", "direction", "dtype", "why"),
     [
         ("n1 c4 o2 x9x9 k3x3 g2", FORWARD, torch.float32, "one input channel a group, and here are 2"),
+        ("n1 c1 o1 x9x9 k3x3 p1x1 mreflect", Direction.GRAD_INPUT, torch.bfloat16, "would be rounded to bfloat16"),
         ("n1 c2 o4 x9x9 k3x3 g2", GRAD_INPUT, torch.float32, "one output channel a group, and here are 2"),
         ("n1 c2 o2 x9x9 k3x3 g2", Direction.GRAD_WEIGHT, torch.float32, "the gradient for a weight is none"),
         ("n1 c2 o2 x9x9 k3x3 g2", FORWARD, torch.bfloat16, "rounded to bfloat16, and so the result twice"),
