@@ -42,7 +42,10 @@ def folding(algorithm: Algorithm) -> Algorithm:
         raise ValueError(f"{algorithm.name} has no bind")
 
     def why_not(request: Request) -> str | None:
-        return algorithm.why_not(_padded(request) if _folds(request) else request)
+        if not _folds(request):
+            return algorithm.why_not(request)
+        # Asked of the tensors' own type, though what is padded is summed in a wider one.
+        return algorithm.why_not(dataclasses.replace(_padded(request), dtype=request.dtype))
 
     def cost(request: Request) -> Cost:
         return _cost(request, algorithm.cost(_padded(request))) if _folds(request) else algorithm.cost(request)

@@ -352,19 +352,13 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
 # -- the entry -------------------------------------------------------------------------------------------------------
 
 
-def _of_half_types(request: Request) -> str | None:
-    if request.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    named = str(request.dtype).removeprefix("torch.")
-    return f"what the first pass makes would be rounded to {named}, and so the result twice"
-
-
 def _why_not(request: Request) -> str | None:
     problem = request.problem
     if request.direction is Direction.GRAD_WEIGHT:
         return "it uses that a weight is a product of lines, and the gradient for a weight is none"
-    if sentence := _of_half_types(request):
-        return sentence
+    if request.dtype in (torch.bfloat16, torch.float16):
+        named = str(request.dtype).removeprefix("torch.")
+        return f"what the first pass makes would be rounded to {named}, and so the result twice"
     if problem.dims == 1:
         return "it makes two passes of a kernel that has two dimensions or more"
     summed, word = problem.group_in, "input"
@@ -403,6 +397,4 @@ def _cost(request: Request) -> Cost:
     return Cost(multiplies, moved, workspace, seconds)
 
 
-_FOLDED = folding(Algorithm("separable", _why_not, _cost, _error, run, fuses=True, bind=bind, by_name=True))
-# A gradient whose border is folded back is summed in float32, but a weight of a half type is no product of lines.
-ALGORITHM = dataclasses.replace(_FOLDED, why_not=lambda request: _of_half_types(request) or _FOLDED.why_not(request))
+ALGORITHM = folding(Algorithm("separable", _why_not, _cost, _error, run, fuses=True, bind=bind, by_name=True))
