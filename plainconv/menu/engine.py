@@ -45,6 +45,25 @@ def fewer_idle(along: int, size: int, target: cpu.Target) -> int:
     return min(choices, key=lambda lanes: -(-along // lanes) * vector_cycles(lanes * size * 8, target))
 
 
+def lanes_of_outputs(outputs: int, size: int, target: cpu.Target) -> int:
+    """Of the widest register that outputs fill by more than half."""
+    lanes = target.bits // 8 // size
+    while lanes > 16 // size and lanes // 2 >= outputs:
+        lanes //= 2
+    return lanes
+
+
+def vectors_of_outputs(vectors: int, spare: int, step: float) -> int:
+    """Of a tile of a product, which has `spare` registers for sums and what is multiplied; step: cycles of its loop.
+
+    Narrow tiles load more for each product; wide ones may have vectors without outputs.
+    """
+    most = min((4, 3, 2, 1), key=lambda v: padded(vectors, v) * (1 + step / v))
+    while most > 1 and spare // most < 3:
+        most -= 1
+    return most
+
+
 def vector_cycles(bits: int, target: cpu.Target) -> float:
     """Of a product of vectors so wide; processors with 512 bits do two narrower ones at once."""
     return 1.0 if bits > 256 else 0.5 * (HALF_REGISTER if bits < target.bits else 1.0)

@@ -39,10 +39,10 @@ from plainconv.menu.axes import Work, work
 from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
 from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.fold import folding
+from plainconv.menu.winograd_weight import MOST_TAPS
 from plainconv.problem import Direction, Request
 from plainconv.remember import on_forget, weigh
 
-MOST_TAPS = 3  # along a dimension, of each part that the stride makes
 MOST_STRIDE = 2
 NEAR_BYTES = 600 << 10  # of patches and sums of a block, which a core's own cache keeps
 LEAST_TILES = 28  # of a block, for which the weight is read once
@@ -180,15 +180,10 @@ def cut_by(request: Request, form: Form) -> Way:
     depth, high, width = sides_of(seen)
     size, threads = request.dtype.itemsize, max(request.threads, 1)
     tiles = -(-depth.out // tile[0]), -(-high.out // tile[1]), -(-width.out // tile[2])
-    lanes = target.bits // 8 // size
-    while lanes > 16 // size and lanes // 2 >= seen.group_out:
-        lanes //= 2
+    lanes = engine.lanes_of_outputs(seen.group_out, size, target)
     outputs = -(-seen.group_out // lanes)
     spare = target.registers - (2 if target.fma else 3)
-    # Narrow tiles load more for each product; wide ones may have vectors without outputs.
-    vectors = min((4, 3, 2, 1), key=lambda v: padded(outputs, v) * (1 + STEP / v))
-    while vectors > 1 and spare // vectors < 3:
-        vectors -= 1
+    vectors = engine.vectors_of_outputs(outputs, spare, STEP)
     scalars = min(spare // vectors - 1, MOST_SCALARS)
     matrices, in_vectors = form.matrices, -(-seen.group_in // lanes)
     slabs = in_vectors * form.blocks

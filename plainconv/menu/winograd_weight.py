@@ -25,13 +25,14 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import weights
 from plainconv.cpu import winograd_weight as kernels
 from plainconv.cpu.launch import Job, launch_all
+from plainconv.cpu.winograd import three
 from plainconv.menu import engine
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
 
-MOST_TAPS = 3
+MOST_TAPS = 3  # along a dimension; in winograd.py of each part that a stride makes
 PANEL_BYTES = 6 << 20  # of a chunk, which the cache that cores share keeps
 MOST_PANEL_BYTES = 24 << 20  # the same, if it is that or
 LEAST_TILES = 64
@@ -144,17 +145,12 @@ def _ways(request: Request) -> Iterator[Way]:
     depth, high, width = (_tile(side) for side in sides)
     # In three dimensions, large tiles along all of them would lose too many digits.
     tile = (min(depth, 2) if min(side.kernel for side in sides) > 1 else depth), high, width
-    tiles = tuple(-(-side.out // m) for side, m in zip(sides, tile, strict=True))
+    tiles = three(-(-side.out // m) for side, m in zip(sides, tile, strict=True))
     matrices = math.prod(m + side.kernel - 1 for side, m in zip(sides, tile, strict=True))
-    lanes = target.bits // 8 // size
-    while lanes > 16 // size and lanes // 2 >= problem.group_out:
-        lanes //= 2
+    lanes = engine.lanes_of_outputs(problem.group_out, size, target)
     channels, outputs = _vectors(request, lanes)
     spare = target.registers - (2 if target.fma else 3)
-    # Narrow tiles load more for each product; wide ones may have vectors without outputs.
-    vectors = min((4, 3, 2, 1), key=lambda v: padded(outputs, v) * (1 + NARROW / v))
-    while vectors > 1 and spare // vectors < 3:
-        vectors -= 1
+    vectors = engine.vectors_of_outputs(outputs, spare, NARROW)
     most = max(SUMS_BYTES // (matrices * vectors * lanes * lanes * size), 1)
     block = -(-channels // max(-(-channels // most), 1))
     held = min(block * lanes, problem.group_in)
@@ -180,7 +176,7 @@ def _ways(request: Request) -> Iterator[Way]:
             range(1, max(min(threads, some), 1) + 1),
             key=lambda n: (-(-units * n // threads) / max(units * n, 1)) * (1 + 0.02 * n),
         )
-        yield Way(tile, tiles, lanes, scalars, vectors, block, cols, some, slices)  # type: ignore[arg-type]
+        yield Way(tile, tiles, lanes, scalars, vectors, block, cols, some, slices)
         if at_once == 1:
             return
         panel //= 2
