@@ -1,6 +1,6 @@
 """The kernels of `fft` on the engine: Winograd's, at the roots of unity, and with a long kernel cut into blocks.
 
-Multiplication of polynomials may be done at any points (see plainconv.cpu.winograd).  At the F roots of unity the
+Multiplication of polynomials may be done at any points (see plainconv.cpu.transforms).  At the F roots of unity the
 matrices are discrete Fourier transforms of length F, which cost F log F, need no number larger than 1, and so lose no
 digits however large F is.  Numbers are complex there, in pairs for what is real, and a complex product is three real
 ones:
@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from plainconv.cpu.emit import Emit, Value
-from plainconv.cpu.winograd import Block, Shape, Three, Winograd
+from plainconv.cpu.transforms import Three
+from plainconv.cpu.winograd import Block, Shape, Winograd
 
 AHEAD = 1  # channels of the weight that are asked for before they are needed
 

@@ -2,14 +2,8 @@
 
     Y  =  A^T [ sum over c of  (G w_c) * (B^T d_c) ]        along each dimension; * is element by element
 
-d is a patch of the input of m + k - 1 places, Y a tile of m outputs, if the stride is 1.  The matrices come from Toom
-and Cook's way to multiply polynomials: evaluate both at m + k - 2 points and at infinity, multiply there, interpolate;
-turned round, as S. Winograd showed, it is a convolution.  In two dimensions there are (m + k - 1)^2 products for m^2
-outputs, instead of k^2 for each.  `forms` makes the matrices from the points, in fractions.
-
-A stride s splits both into s parts, of stride 1: output i is the sum over parts p of what taps p, p + s, ... make of
-places p, p + s, ...; so the matrices of parts stand side by side (`ahead`).  In the gradient for the input it is the
-outputs that are split, and each has a part of the taps (`turned`).
+d is a patch of the input of m + k - 1 places, Y a tile of m outputs, if the stride is 1.  In two dimensions there are
+(m + k - 1)^2 products for m^2 outputs, instead of k^2 for each.  The matrices are in plainconv/cpu/transforms.py.
 
 All of it is three-dimensional (depth, rows, width); a dimension along which the kernel has one tap has m = 1, and
 matrices of one number.  A block is some rows of tiles, `matrices` counts the products of a tile:
@@ -33,15 +27,15 @@ in memory instead, squares of lanes x lanes are transposed in registers on the w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from plainconv.cpu.emit import Emit, Value
 from plainconv.cpu.epilogue import finish
+from plainconv.cpu.patches import Strips
+from plainconv.cpu.transforms import Along, Three, three, transform, transform_square
 
 POINTERS = ("x", "w", "weight", "bias", "residual", "y", "patches", "scratch", "settled")
 # Addresses, and then SIZES: in "settled".
@@ -99,188 +93,6 @@ SIZES = (
 )
 PREFETCH = 1  # channels
 SMALL = 2  # tiles at a time, of those that are left behind whole ones
-
-Matrix = tuple[tuple[Fraction, ...], ...]
-Three = tuple[int, int, int]
-
-
-# -- transforms ------------------------------------------------------------------------------------------------------
-
-
-def points(count: int) -> tuple[Fraction, ...]:
-    """0, 1, -1, 2, -2, 1/2, -1/2, ...: few digits in, few digits lost."""
-    found = [Fraction(0)]
-    size = Fraction(1)
-    while len(found) < count:
-        found += [size, -size]
-        size = 1 / size if size > 1 else 1 / size + 1
-    return tuple(found[:count])
-
-
-@lru_cache(64)
-def forms(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:
-    """A^T [outputs, n], G [n, taps] and B^T [n, n] with n = outputs + taps - 1."""
-    if taps == 1:  # nothing to share
-        one = tuple(tuple(Fraction(i == j) for j in range(outputs)) for i in range(outputs))
-        return one, ((Fraction(1),),) * outputs, one
-    at = points(outputs + taps - 2)
-    others = [[q for q in at if q != p] for p in at]
-    back = [[p**i for p in at] + [Fraction(i == outputs - 1)] for i in range(outputs)]
-    scale = [prod((p - q for q in rest), start=Fraction(1)) for p, rest in zip(at, others, strict=True)]
-    weights = [[p**k / by for k in range(taps)] for p, by in zip(at, scale, strict=True)]
-    weights.append([Fraction(k == taps - 1) for k in range(taps)])
-    forth = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(at)]
-    a, g, b = (tuple(tuple(row) for row in matrix) for matrix in (back, weights, forth))
-    return a, g, b
-
-
-class Along(NamedTuple):
-    """One dimension: A^T [outputs, products], G [products, taps], B^T [products, places] and how tiles follow.
-
-    step   places from a tile to the next
-    first  the place where the first patch begins, if there is no padding
-    """
-
-    back: Matrix
-    weights: Matrix
-    forth: Matrix
-    step: int
-    first: int
-
-    @property
-    def outputs(self) -> int:
-        return len(self.back)
-
-    @property
-    def products(self) -> int:
-        return len(self.forth)
-
-    @property
-    def places(self) -> int:
-        return len(self.forth[0])
-
-
-@lru_cache(64)
-def ahead(outputs: int, taps: int, stride: int) -> Along:
-    """A convolution: each part of places and taps adds its products to all outputs."""
-    places = (outputs - 1) * stride + taps
-    back: list[list[Fraction]] = [[] for _ in range(outputs)]
-    weights: list[tuple[Fraction, ...]] = []
-    forth: list[tuple[Fraction, ...]] = []
-    for part in range(min(stride, taps)):
-        a, g, b = forms(outputs, len(range(part, taps, stride)))
-        for row, more in zip(back, a, strict=True):
-            row += more
-        weights += [_spread(row, taps, part, stride) for row in g]
-        forth += [_spread(row, places, part, stride) for row in b]
-    return Along(tuple(map(tuple, back)), tuple(weights), tuple(forth), outputs * stride, 0)
-
-
-@lru_cache(64)
-def turned(outputs: int, taps: int, stride: int, shift: int) -> Along:
-    """The gradient for the input: each of `stride` parts of the results has `outputs` of them, and a part of the taps.
-
-    Result i is  sum over k of  w[k] y[(i + shift - k) / stride],  0 <= shift < stride, where that is whole.
-    """
-    parts = [(part, len(range(part, taps, stride))) for part in range(stride)]
-    # The place that a part's first result reads with its first tap: y[0], or y[1] if i + shift went round.
-    nearest = [int(part < shift) for part, _ in parts]
-    first = min(near - count + 1 for near, (_, count) in zip(nearest, parts, strict=True))
-    places = max(nearest) + outputs - first
-    rows: list[tuple[Fraction, ...]] = [()] * (stride * outputs)
-    weights: list[tuple[Fraction, ...]] = []
-    forth: list[tuple[Fraction, ...]] = []
-    total = sum(outputs + count - 1 for _, count in parts)
-    for near, (part, count) in zip(nearest, parts, strict=True):
-        a, g, b = forms(outputs, count)
-        for i, row in enumerate(a):
-            rows[i * stride + (part - shift) % stride] = _spread(row, total, len(weights), 1)
-        weights += [_spread(row[::-1], taps, part, stride) for row in g]
-        forth += [_spread(row, places, near - count + 1 - first, 1) for row in b]
-    return Along(tuple(rows), tuple(weights), tuple(forth), outputs, first)
-
-
-def _spread(row: Sequence[Fraction], size: int, first: int, step: int) -> tuple[Fraction, ...]:
-    """The numbers of a row at first, first + step, ..., and zeros."""
-    wide = [Fraction(0)] * size
-    for i, number in enumerate(row):
-        wide[first + i * step] = number
-    return tuple(wide)
-
-
-def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
-    """Coefficients of (x - root) (x - root) ..., the constant first."""
-    result = [Fraction(1)]
-    for root in roots:
-        shifted = [Fraction(0), *result]
-        result = [high - root * low for high, low in zip(shifted, [*result, Fraction(0)], strict=True)]
-    return result
-
-
-def transform(e: Emit, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
-    """matrix @ values.  Columns, and rows, that differ in signs only share a sum and a difference."""
-    columns, given = [list(column) for column in zip(*matrix, strict=True)], list(values)
-    for i, j, same, other in _pairs(columns):
-        columns[i], columns[j] = same, other
-        given[i], given[j] = e.add(given[i], given[j]), e.subtract(given[i], given[j])
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    pairs = _pairs(rows)
-    for i, j, same, other in pairs:
-        rows[i], rows[j] = same, other
-    results = [_sum(e, row, given) for row in rows]
-    for i, j, *_ in pairs:
-        results[i], results[j] = e.add(results[i], results[j]), e.subtract(results[i], results[j])
-    return results
-
-
-def _pairs(rows: list[list[Fraction]]) -> list[tuple[int, int, list[Fraction], list[Fraction]]]:
-    """Rows i and j with i = same + other and j = same - other, where neither part is empty."""
-    found, taken = [], set[int]()
-    for j in range(len(rows)):
-        for i in range(j):
-            alike = all(abs(a) == abs(b) for a, b in zip(rows[i], rows[j], strict=True))
-            same = [a if a == b else Fraction(0) for a, b in zip(rows[i], rows[j], strict=True)]
-            other = [a if a != b else Fraction(0) for a, b in zip(rows[i], rows[j], strict=True)]
-            if alike and any(same) and any(other) and not {i, j} & taken:
-                taken |= {i, j}
-                found.append((i, j, same, other))
-    return found
-
-
-def _sum(e: Emit, row: Sequence[Fraction], values: Sequence[Value]) -> Value:
-    terms = sorted(((number, value) for number, value in zip(row, values, strict=True) if number), key=_last_of_all)
-    (number, total), *rest = terms
-    if number != 1:
-        total = e.multiply(total, e.constant(float(number)))
-    for number, value in rest:
-        if number == 1:
-            total = e.add(total, value)
-        elif number == -1:
-            total = e.subtract(total, value)
-        else:
-            total = e.fma(value, e.constant(float(number)), total)
-    return total
-
-
-def _last_of_all(term: tuple[Fraction, Value]) -> bool:
-    return term[0] != 1
-
-
-def transform_square(e: Emit, high: Matrix, width: Matrix, values: Sequence[Value]) -> list[Value]:
-    """high @ values @ width^T, of values [rows, columns], row after row."""
-    count = len(width[0])
-    rows = [transform(e, width, values[i : i + count]) for i in range(0, len(values), count)]
-    columns = [transform(e, high, column) for column in zip(*rows, strict=True)]
-    return [value for row in zip(*columns, strict=True) for value in row]
-
-
-# -- the convolution -------------------------------------------------------------------------------------------------
-
-
-def three(numbers: Iterable[int]) -> Three:
-    """Of depth, rows and width."""
-    depth, high, width = numbers
-    return depth, high, width
 
 
 @dataclass(frozen=True)
@@ -496,104 +308,44 @@ class Winograd:
 
     # -- the input ---------------------------------------------------------------------------------------------------
 
+    @property
+    def strips(self) -> Strips:
+        """How the strips of the input are gathered."""
+        of, shape = self.given, self.shape
+        return Strips(
+            shape.source,
+            shape.patch,
+            shape.step,
+            (of["depth_table"], of["row_table"], of["col_table"]),
+            (of["x_depth"], of["x_row"], of["x_col"]),
+            of["x_channel"],
+            of["group_in"],
+            of["in_width"],
+            of["lo"],
+            of["length"],
+        )
+
     def bring(self, block: Block, group: Value, row: Value, vector: Value, scratch: Value, patches: Value) -> None:
         """The patches of a row of tiles of a block, and of a vector of channels."""
-        e, of, shape = self.e, self.given, self.shape
-        deep, high, wide = self.numbers
-        reads = shape.patch
-        lanes, length = shape.lanes, of["length"]
+        e, of, lanes = self.e, self.given, self.shape.lanes
         strip, columns = e.at(scratch, of["strip_at"]), e.at(scratch, of["columns_at"])
         self.gather(block, group, block.row + row, vector, strip)
-        by_depth, by_row, by_col = self.forth
+        _, high, wide = self.numbers
+        first = row * self.line(block.cols)
 
-        def along(matrix: Matrix, source: Value, step: Value, to: Value) -> None:
-            loaded = [e.load(source, step * i) for i in range(len(matrix[0]))]
-            for i, value in enumerate(transform(e, matrix, loaded)):
-                e.store(value, to, step * i)
+        def patch(d: Value, t: Value) -> Value:
+            at = vector * (self.matrices * lanes) + d * (high * wide * lanes)
+            return e.at(patches, (first + t) * of["patch"] + at)
 
-        if deep > 1:
-            plane = length * (reads[1] * lanes)
-
-            def each_place(i: Value, _: list[Value]) -> Sequence[Value]:
-                here = e.at(strip, i * lanes)
-                along(by_depth, here, plane, here)
-                return []
-
-            e.loop(length * reads[1], [], each_place)
-
-        def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
-            source = e.at(strip, d * (length * (reads[1] * lanes)))
-            if high > 1:
-
-                def each_column(i: Value, _: list[Value]) -> Sequence[Value]:
-                    along(by_row, e.at(source, i * lanes), length * lanes, e.at(columns, i * lanes))
-                    return []
-
-                e.loop((block.cols - 1) * shape.step[2] + reads[2], [], each_column)
-            lines = columns if high > 1 else source
-            first = row * self.line(block.cols)
-
-            def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
-                here = e.at(lines, t * (shape.step[2] * lanes))
-                at = vector * (self.matrices * lanes) + d * (high * wide * lanes)
-                to = e.at(patches, (first + t) * of["patch"] + at)
-                for h in range(high):
-                    loaded = [e.load(here, length * (h * lanes) + w * lanes) for w in range(reads[2])]
-                    for w, value in enumerate(transform(e, by_col, loaded)):
-                        e.store(value, to, (h * wide + w) * lanes)
-                return []
-
-            e.loop(block.cols, [], each_tile)
-            return []
-
-        e.loop(deep, [], each_depth)
+        self.strips.bring(e, self.forth, strip, columns, block.cols, patch, lanes)
 
     def gather(self, block: Block, group: Value, row: Value, vector: Value, strip: Value) -> None:
-        """The strip of a row of tiles and a vector of channels: [depth, row, column] vectors, zero in the border."""
-        e, of, shape = self.e, self.given, self.shape
-        lanes, first = shape.lanes, vector * shape.lanes
+        """The strip of a row of tiles and a vector of channels."""
+        e, of, strips = self.e, self.given, self.strips
         image, deep, high = self.place(row)
         x = e.at(of["x"], image * of["x_image"] + group * of["group_in"] * of["x_channel"])
-        # Channels that do not exist show the last one: nobody reads what becomes of them.
-        channels = [e.least(first + i, of["group_in"] - 1) * of["x_channel"] for i in range(lanes)]
-        begin = block.col * shape.step[2]
-        tail = of["group_in"] - first
-
-        def each_line(i: Value, _: list[Value]) -> Sequence[Value]:
-            by_depth = e.scalar(of["depth_table"], deep * shape.step[0] + i // shape.patch[1], "i64")
-            by_row = e.scalar(of["row_table"], high * shape.step[1] + i % shape.patch[1], "i64")
-            real = e.compare("sge", e.least(by_depth, by_row), 0)
-            source = e.at(x, by_depth * of["x_depth"] + by_row * of["x_row"])
-            to = e.at(strip, i * of["length"] * lanes)
-
-            def pixel(j: Value, _: list[Value]) -> Sequence[Value]:
-                place = e.scalar(of["col_table"], begin + j, "i64")
-                count = e.select(real, e.select(place >= 0, tail, e.number(0)), e.number(0))
-                e.store(e.load(source, place * of["x_col"] + first, e.tail(count)), to, j * lanes)
-                return []
-
-            def square(j: Value, _: list[Value]) -> Sequence[Value]:
-                if shape.source == "rows":
-                    place = begin + j * lanes - of["lo"]
-                    bits = e.select(real, e.bits_within(place, of["in_width"]), e.number(0))
-                    rows = [e.load(source, channel + place, e.mask(bits)) for channel in channels]
-                else:
-                    places = e.load_places(of["col_table"], begin + j * lanes)
-                    least = e.select(real, e.number(0), e.number((1 << 63) - 1))
-                    mask = e.compare_lanes("sge", places, least)
-                    scaled = e.scale_places(places, of["x_col"])
-                    rows = [e.gather(e.at(source, channel), scaled, mask) for channel in channels]
-                for k, value in enumerate(e.transpose(rows)):
-                    e.store(value, to, j * (lanes * lanes) + k * lanes)
-                return []
-
-            if shape.source == "pixels":
-                e.loop((self.line(block.cols) - 1) * shape.step[2] + shape.patch[2], [], pixel)
-            else:
-                e.loop(of["length"] // lanes, [], square)
-            return []
-
-        e.loop(shape.patch[0] * shape.patch[1], [], each_line)
+        columns = strips.columns(self.line(block.cols))
+        strips.gather(e, x, vector * self.shape.lanes, (deep, high, block.col), columns, strip)
 
     # -- the product -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
     dw  =  A^T [ sum over tiles of  (G gy) * (B^T x) ]        along each dimension; * is element by element
 
 Along one dimension a tile is m places of the output's gradient, and the patch of m + k - 1 places of the input that its
-k taps meet: F(k, m), of which the taps are the outputs.  The matrices are those of plainconv/cpu/winograd.py.  Both
+k taps meet: F(k, m), of which the taps are the outputs.  The matrices are those of plainconv/cpu/transforms.py.  Both
 factors are brought forth for a chunk of all tiles, into panels; for each element they are a product of matrices, the
 sum over tiles, and what is left of a block is turned back to taps and added to the sums of the chunks before:
 
@@ -21,15 +21,16 @@ has what writes the weight.  Who adds what depends on the sizes and the number o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from math import prod
 
 from plainconv.cpu.emit import Emit, Value
+from plainconv.cpu.patches import Strips
+from plainconv.cpu.transforms import Matrix, Three, forms, three, transform, transform_square
 from plainconv.cpu.weights import TOTAL_SIZES, write
 from plainconv.cpu.weights import Shape as Weight
-from plainconv.cpu.winograd import Matrix, Three, forms, transform, transform_square
 
 TABLES = ("depth_table", "row_table", "col_table")  # which element a place shows, or -1
 FORTH_POINTERS = ("tensor", "panel", "biases", "scratch")
@@ -81,13 +82,32 @@ SIZES = (
 )
 
 
+def _dealt(
+    e: Emit,
+    of: dict[str, Value],
+    tasks: Callable[[], Value],
+    task: Callable[[Value, Value], Sequence[Value]],
+) -> str:
+    """A kernel whose tasks are dealt to shares, each of which has scratch of its own."""
+
+    def share(i: Value, _: list[Value]) -> Sequence[Value]:
+        number, count = e.begin + i, tasks()
+        begin, end = number * count // of["shares"], (number + 1) * count // of["shares"]
+        scratch = e.at(of["scratch"], number * of["share"])
+        e.loop(end - begin, [], lambda j, _: task(begin + j, scratch))
+        return []
+
+    e.loop(e.end - e.begin, [], share)
+    return e.module()
+
+
 @dataclass(frozen=True)
 class Forth:
     """All that the text of a kernel that brings a factor forth depends on.
 
     tile    places of the output in a tile, along depth, rows and width; taps: of the kernel
     role    "x", the patches of the input, or "y", the tiles of the output's gradient
-    source  see plainconv.cpu.winograd.Shape
+    source  see plainconv.cpu.patches.Strips
     bias    whether the places of each piece are summed, too
     """
 
@@ -121,27 +141,16 @@ class _Forth:
         names = (*FORTH_POINTERS, *FORTH_CHUNK, *TABLES, *FORTH_SIZES)
         self.given = dict(zip(names, (*given, *sizes), strict=True))
         self.matrices = shape.matrices
-        self.reads = tuple(len(matrix[0]) for matrix in self.matrices)
-        self.makes = tuple(len(matrix) for matrix in self.matrices)
+        self.reads = three(len(matrix[0]) for matrix in self.matrices)
 
     def kernel(self) -> str:
-        e, of = self.e, self.given
-
-        def share(i: Value, _: list[Value]) -> Sequence[Value]:
-            number = e.begin + i
-            tasks = of["groups"] * of["vectors"] * of["pieces"]
-            begin, end = number * tasks // of["shares"], (number + 1) * tasks // of["shares"]
-            scratch = e.at(of["scratch"], number * of["share"])
-            e.loop(end - begin, [], lambda j, _: self.task(begin + j, scratch))
-            return []
-
-        e.loop(e.end - e.begin, [], share)
-        return e.module()
+        of = self.given
+        return _dealt(self.e, of, lambda: of["groups"] * of["vectors"] * of["pieces"], self.task)
 
     def task(self, number: Value, scratch: Value) -> Sequence[Value]:
         """A piece and a vector of channels, from the tensor to the panel."""
         e, of, shape = self.e, self.given, self.shape
-        lanes = shape.lanes
+        lanes, strips = shape.lanes, self.strips
         piece, vector = number % of["pieces"], number // of["pieces"]
         group, vector = vector // of["vectors"], vector % of["vectors"]
         strip, columns = scratch, e.at(scratch, of["columns_at"])
@@ -149,107 +158,42 @@ class _Forth:
         if shape.bias:
             total = self.total(strip)
             e.store(total, of["biases"], piece * of["piece_bias"] + group * of["group_bias"] + vector * lanes)
-        by_depth, by_row, by_col = self.matrices
-        _, high, wide = self.reads
-        _, more_high, more_wide = self.makes
+        _, high, wide = (len(matrix) for matrix in self.matrices)
         block = vector * lanes // of["tile_panel"]
         at = group * of["group_panel"] + block * of["block_panel"] + (vector * lanes - block * of["tile_panel"])
         panel = e.at(of["panel"], at + piece * of["cols"] * of["tile_panel"])
-        length = of["length"]
 
-        def along(matrix: Matrix, source: Value, step: Value, to: Value) -> None:
-            loaded = [e.load(source, step * i) for i in range(len(matrix[0]))]
-            for i, value in enumerate(transform(e, matrix, loaded)):
-                e.store(value, to, step * i)
+        def patch(d: Value, t: Value) -> Value:
+            return e.at(panel, d * of["matrix_panel"] * (high * wide) + t * of["tile_panel"])
 
-        if len(by_depth) > 1:
-            plane = length * (high * lanes)
-
-            def each_place(i: Value, _: list[Value]) -> Sequence[Value]:
-                here = e.at(strip, i * lanes)
-                along(by_depth, here, plane, here)
-                return []
-
-            e.loop(length * high, [], each_place)
-
-        def each_depth(d: Value, _: list[Value]) -> Sequence[Value]:
-            source = e.at(strip, d * (length * (high * lanes)))
-            if more_high > 1:
-
-                def each_column(i: Value, _: list[Value]) -> Sequence[Value]:
-                    along(by_row, e.at(source, i * lanes), length * lanes, e.at(columns, i * lanes))
-                    return []
-
-                e.loop(self.columns, [], each_column)
-            lines = columns if more_high > 1 else source
-            matrices = e.at(panel, d * of["matrix_panel"] * (more_high * more_wide))
-
-            def each_tile(t: Value, _: list[Value]) -> Sequence[Value]:
-                here, to = e.at(lines, t * (shape.tile[2] * lanes)), e.at(matrices, t * of["tile_panel"])
-                for h in range(more_high):
-                    loaded = [e.load(here, length * (h * lanes) + w * lanes) for w in range(wide)]
-                    for w, value in enumerate(transform(e, by_col, loaded)):
-                        e.store(value, to, of["matrix_panel"] * (h * more_wide + w))
-                return []
-
-            e.loop(of["cols"], [], each_tile)
-            return []
-
-        e.loop(len(by_depth), [], each_depth)
+        strips.bring(e, self.matrices, strip, columns, of["cols"], patch, of["matrix_panel"])
         return []
 
     @property
-    def columns(self) -> Value:
-        """Of a strip, that some tile reads."""
-        return self.given["cols"] * self.shape.tile[2] + (self.reads[2] - self.shape.tile[2])
+    def strips(self) -> Strips:
+        """How the strips of the tensor are gathered."""
+        of = self.given
+        return Strips(
+            self.shape.source,
+            self.reads,
+            self.shape.tile,
+            (of["depth_table"], of["row_table"], of["col_table"]),
+            (of["depth"], of["row"], of["col"]),
+            of["channel"],
+            of["channels"],
+            of["width"],
+            of["lo"],
+            of["length"],
+        )
 
     def gather(self, piece: Value, group: Value, vector: Value, strip: Value) -> None:
-        """The strip of a piece and a vector of channels: [depth, row, column] vectors, zero in the border."""
-        e, of, shape = self.e, self.given, self.shape
-        lanes, first = shape.lanes, vector * shape.lanes
-        begin, row = piece % of["row_pieces"] * of["cols"] * shape.tile[2], piece // of["row_pieces"]
+        """The strip of a piece and a vector of channels."""
+        e, of, strips = self.e, self.given, self.strips
+        col, row = piece % of["row_pieces"] * of["cols"], piece // of["row_pieces"]
         high, row = row % of["high_tiles"], row // of["high_tiles"]
         deep, image = row % of["depth_tiles"], row // of["depth_tiles"]
         tensor = e.at(of["tensor"], image * of["image"] + group * of["channels"] * of["channel"])
-        # Channels that do not exist show the last one: nobody reads what becomes of them.
-        channels = [e.least(first + i, of["channels"] - 1) * of["channel"] for i in range(lanes)]
-        tail = of["channels"] - first
-
-        def each_line(i: Value, _: list[Value]) -> Sequence[Value]:
-            by_depth = e.scalar(of["depth_table"], deep * shape.tile[0] + i // self.reads[1], "i64")
-            by_row = e.scalar(of["row_table"], high * shape.tile[1] + i % self.reads[1], "i64")
-            real = e.compare("sge", e.least(by_depth, by_row), 0)
-            source = e.at(tensor, by_depth * of["depth"] + by_row * of["row"])
-            to = e.at(strip, i * of["length"] * lanes)
-
-            def pixel(j: Value, _: list[Value]) -> Sequence[Value]:
-                place = e.scalar(of["col_table"], begin + j, "i64")
-                count = e.select(real, e.select(place >= 0, tail, e.number(0)), e.number(0))
-                e.store(e.load(source, place * of["col"] + first, e.tail(count)), to, j * lanes)
-                return []
-
-            def square(j: Value, _: list[Value]) -> Sequence[Value]:
-                if shape.source == "rows":
-                    place = begin + j * lanes - of["lo"]
-                    bits = e.select(real, e.bits_within(place, of["width"]), e.number(0))
-                    rows = [e.load(source, channel + place, e.mask(bits)) for channel in channels]
-                else:
-                    places = e.load_places(of["col_table"], begin + j * lanes)
-                    least = e.select(real, e.number(0), e.number((1 << 63) - 1))
-                    mask = e.compare_lanes("sge", places, least)
-                    scaled = e.scale_places(places, of["col"])
-                    rows = [e.gather(e.at(source, channel), scaled, mask) for channel in channels]
-                for k, value in enumerate(e.transpose(rows)):
-                    e.store(value, to, j * (lanes * lanes) + k * lanes)
-                return []
-
-            if shape.source == "pixels":
-                e.loop(self.columns, [], pixel)
-            else:
-                e.loop(of["length"] // lanes, [], square)
-            return []
-
-        e.loop(self.reads[0] * self.reads[1], [], each_line)
+        strips.gather(e, tensor, vector * self.shape.lanes, (deep, high, col), strips.columns(of["cols"]), strip)
 
     def total(self, strip: Value) -> Value:
         """The sum of the strip of an output's gradient, whose tiles do not overlap."""
@@ -260,7 +204,7 @@ class _Forth:
             lines = [e.load(strip, of["length"] * (i * lanes) + j * lanes) for i in range(deep * high)]
             return [e.add(total, line) for total, line in zip(acc, lines, strict=True)]
 
-        return reduce(e.add, e.loop(self.columns, [e.zero] * (deep * high), column))
+        return reduce(e.add, e.loop(self.strips.columns(of["cols"]), [e.zero] * (deep * high), column))
 
 
 @dataclass(frozen=True)
@@ -312,18 +256,8 @@ class _Multiply:
         self.patch = tuple(len(matrix[0]) for matrix in self.back)
 
     def kernel(self) -> str:
-        e, of = self.e, self.given
-
-        def share(i: Value, _: list[Value]) -> Sequence[Value]:
-            number = e.begin + i
-            tasks = of["slices"] * of["units"]
-            begin, end = number * tasks // of["shares"], (number + 1) * tasks // of["shares"]
-            scratch = e.at(of["scratch"], number * of["share"])
-            e.loop(end - begin, [], lambda j, _: self.task(begin + j, scratch))
-            return []
-
-        e.loop(e.end - e.begin, [], share)
-        return e.module()
+        of = self.given
+        return _dealt(self.e, of, lambda: of["slices"] * of["units"], self.task)
 
     def task(self, number: Value, scratch: Value) -> Sequence[Value]:
         """A slice of the pieces, a block of input channels and a tile of output channels."""

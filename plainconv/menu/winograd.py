@@ -1,7 +1,7 @@
 """Winograd: fewer multiplications for kernels of 2 or 3 taps, by way of sums and differences.
 
 Along one dimension, m outputs of a kernel of 3 taps take m + 2 multiplications instead of 3 m: the patch of m + 2
-inputs, the kernel, and the products are each multiplied by a fixed small matrix (plainconv/cpu/winograd.py has them).
+inputs, the kernel, and the products are each multiplied by a fixed small matrix (plainconv/cpu/transforms.py has them).
 Along two dimensions that is (m + 2)^2 for m^2 outputs: with m = 4 a quarter of the definition's 9 m^2.  With a stride
 of 2, places (or, in the gradient for the input, results) and taps fall into two parts, each of which is of stride 1.
 
@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from plainconv.cpu import compile as cpu
-from plainconv.cpu import fourier
+from plainconv.cpu import fourier, transforms
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch_all
-from plainconv.cpu.winograd import Along
+from plainconv.cpu.transforms import Along
 from plainconv.menu import engine, winograd_weight
 from plainconv.menu.axes import Work, work
 from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
@@ -89,7 +89,7 @@ class Form(NamedTuple):
     @property
     def step(self) -> tuple[int, int, int]:
         """Places from a tile to the next."""
-        return kernels.three(along.step for along in self.along) if self.along else self.tile
+        return transforms.three(along.step for along in self.along) if self.along else self.tile
 
     @property
     def matrices(self) -> int:
@@ -139,8 +139,8 @@ def _turned(side: Side) -> Side:
 def _along(side: Side, outputs: int, turned: bool) -> Along:
     """The transforms along a dimension of the problem; outputs: of a tile, or of each of its parts."""
     if turned:
-        return kernels.turned(outputs, side.kernel, side.stride, side.padding[0] % side.stride)
-    return kernels.ahead(outputs, side.kernel, side.stride)
+        return transforms.turned(outputs, side.kernel, side.stride, side.padding[0] % side.stride)
+    return transforms.ahead(outputs, side.kernel, side.stride)
 
 
 def _outputs(made: int, side: Side, most: int, turned: bool) -> int:
@@ -164,13 +164,13 @@ def way(request: Request) -> Way:
     # would have a hundred products, and a weight as much larger.
     most = (2 if min(side.kernel for side in sides) > 1 else 4, 4, 4)
     if sum(side.kernel > 1 for side in sides) > 1:
-        most = kernels.three(m if side.stride == 1 else 2 for m, side in zip(most, sides, strict=True))
+        most = transforms.three(m if side.stride == 1 else 2 for m, side in zip(most, sides, strict=True))
     along = tuple(
         _along(side, _outputs(made.out, side, m, seen.turned), seen.turned)
         for made, side, m in zip(sides_of(seen), sides, most, strict=True)
     )
-    tile, patch = kernels.three(one.outputs for one in along), kernels.three(one.places for one in along)
-    return cut_by(request, Form(tile, patch, kernels.three(one.products for one in along), along=along))
+    tile, patch = transforms.three(one.outputs for one in along), transforms.three(one.places for one in along)
+    return cut_by(request, Form(tile, patch, transforms.three(one.products for one in along), along=along))
 
 
 @lru_cache(4096)
@@ -459,7 +459,7 @@ def _error(request: Request) -> float:
     """Sums over channels (or tiles), of numbers that are larger than the result."""
     if request.direction is Direction.GRAD_WEIGHT:
         taps, tile, terms = winograd_weight.summed(request)
-        return growth([kernels.ahead(k, m, 1) for k, m in zip(taps, tile, strict=True)]) * summation_error(terms)
+        return growth([transforms.ahead(k, m, 1) for k, m in zip(taps, tile, strict=True)]) * summation_error(terms)
     seen, form = work(request), way(request).form
     return growth(form.along) * summation_error(seen.group_in + sum(form.numbers))
 

@@ -25,7 +25,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import weights
 from plainconv.cpu import winograd_weight as kernels
 from plainconv.cpu.launch import Job, launch_all
-from plainconv.cpu.winograd import three
+from plainconv.cpu.transforms import three
 from plainconv.menu import engine
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.engine import STORED, Side, folded, padded

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import plainconv
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import transforms
 from plainconv.cpu import winograd as kernels
 from plainconv.menu import winograd
 from plainconv.menu.base import Tensors
@@ -294,14 +295,14 @@ def test_the_error_that_is_stated(tile, most, positive, monkeypatch):
 
 
 def test_larger_tiles_lose_more():
-    growths = [winograd.growth((kernels.ahead(m, 3, 1),) * 2) for m in (2, 4, 6)]
+    growths = [winograd.growth((transforms.ahead(m, 3, 1),) * 2) for m in (2, 4, 6)]
     assert growths == sorted(growths)
     assert growths[0] < 2
     assert 25 < growths[1] < 40
-    assert winograd.growth((kernels.ahead(1, 1, 1),)) == 1
+    assert winograd.growth((transforms.ahead(1, 1, 1),)) == 1
     # Of its two parts, one loses as F(4,2) does, and the other nothing.
-    assert 1 < winograd.growth((kernels.ahead(4, 3, 2),)) < winograd.growth((kernels.ahead(4, 2, 1),))
-    assert winograd.growth((kernels.turned(4, 3, 2, 1),)) == winograd.growth((kernels.ahead(4, 2, 1),))
+    assert 1 < winograd.growth((transforms.ahead(4, 3, 2),)) < winograd.growth((transforms.ahead(4, 2, 1),))
+    assert winograd.growth((transforms.turned(4, 3, 2, 1),)) == winograd.growth((transforms.ahead(4, 2, 1),))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from plainconv.cpu import winograd
+from plainconv.cpu import transforms
 from plainconv.cpu.emit import Emit, Value
 
 FORMS = [(1, 1), (2, 3), (4, 3), (6, 3), (3, 4), (4, 5), (2, 2)]
@@ -17,7 +17,7 @@ def times(matrix, vector):
 @pytest.mark.parametrize(("outputs", "taps"), FORMS)
 def test_the_forms_are_convolutions(outputs, taps):
     """Exactly: both sides are linear in the input and in the kernel, so it is enough to try what they are made of."""
-    back, weights, forth = winograd.forms(outputs, taps)
+    back, weights, forth = transforms.forms(outputs, taps)
     size = outputs + taps - 1
     assert [len(back), len(weights), len(forth)] == [outputs, size, size]
     for at in range(size):
@@ -31,7 +31,7 @@ def test_the_forms_are_convolutions(outputs, taps):
 @pytest.mark.parametrize("taps", [3, 4, 5])
 @pytest.mark.parametrize("outputs", [1, 2, 4])
 def test_a_stride_splits_places_and_taps(outputs, taps, stride):
-    form = winograd.ahead(outputs, taps, stride)
+    form = transforms.ahead(outputs, taps, stride)
     assert [form.outputs, form.step, form.first] == [outputs, outputs * stride, 0]
     assert form.products == form.places == (outputs - 1) * stride + taps
     for at in range(form.places):
@@ -43,7 +43,7 @@ def test_a_stride_splits_places_and_taps(outputs, taps, stride):
 @pytest.mark.parametrize("taps", [3, 4, 5])
 @pytest.mark.parametrize("outputs", [1, 2, 4])
 def test_a_stride_splits_the_results_of_the_gradient(outputs, taps, stride, shift):
-    form = winograd.turned(outputs, taps, stride, shift)
+    form = transforms.turned(outputs, taps, stride, shift)
     assert [form.outputs, form.step] == [stride * outputs, outputs]
     assert form.products == stride * outputs + taps - stride
     for at in range(form.places):
@@ -60,8 +60,8 @@ def met(form, at, tap, taps):
 
 
 def test_the_points_are_different_and_of_few_digits():
-    assert [str(point) for point in winograd.points(7)] == ["0", "1", "-1", "2", "-2", "1/2", "-1/2"]
-    assert len(set(winograd.points(15))) == 15
+    assert [str(point) for point in transforms.points(7)] == ["0", "1", "-1", "2", "-2", "1/2", "-1/2"]
+    assert len(set(transforms.points(15))) == 15
 
 
 class Numbers(Emit):
@@ -94,11 +94,11 @@ class Numbers(Emit):
 
 @pytest.mark.parametrize(("outputs", "taps"), FORMS)
 def test_sums_are_shared_and_right(outputs, taps):
-    for matrix in winograd.forms(outputs, taps):
+    for matrix in transforms.forms(outputs, taps):
         numbers = Numbers()
         given = [Fraction(7 * i * i - 3 * i + 1, i + 2) for i in range(len(matrix[0]))]
         values = [Value(numbers, str(number), numbers.vector) for number in given]
-        found = winograd.transform(numbers, matrix, values)
+        found = transforms.transform(numbers, matrix, values)
         assert [Fraction(value.text) for value in found] == times(matrix, given)
         plain = sum(max(sum(map(bool, row)) - 1, 0) + (row[0] not in (0, 1)) for row in matrix)
         assert numbers.operations <= plain + len(matrix)
@@ -107,6 +107,6 @@ def test_sums_are_shared_and_right(outputs, taps):
 def test_fewer_operations_where_signs_differ():
     """B^T of F(4,3): two pairs of rows share their halves."""
     numbers = Numbers()
-    forth = winograd.forms(4, 3)[2]
-    winograd.transform(numbers, forth, [Value(numbers, "1", numbers.vector)] * 6)
+    forth = transforms.forms(4, 3)[2]
+    transforms.transform(numbers, forth, [Value(numbers, "1", numbers.vector)] * 6)
     assert numbers.operations < sum(sum(map(bool, row)) for row in forth) - 4
