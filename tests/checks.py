@@ -152,6 +152,11 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
 
 
+def channels_inside(tensor: Tensor) -> Tensor:
+    """Channels side by side, in any number of dimensions."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def given(asked: Request, values: object = integers, seed: int = 0) -> Tensors:
     """Tensors for a request: the two that its direction is given, and a bias and a residual if it has them.
 

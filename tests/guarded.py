@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +42,25 @@ def guarded_view(tensor: Tensor, *, at_end: bool, step: int = 1) -> Tensor:
     firsts = [size - span if at_end else 0 for size, span in zip(around.shape, spans, strict=True)]
     view = around[tuple(slice(first, first + span, step) for first, span in zip(firsts, spans, strict=True))]
     return view.copy_(tensor)
+
+
+def guarded_inside(tensor: Tensor, channels_last: bool, *, at_end: bool) -> Tensor:
+    """The same, with channels side by side if there are any and they should be."""
+    if not channels_last or tensor.dim() < 3:
+        return guarded(tensor, at_end=at_end)
+    return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
+
+
+def guarded_tables(
+    tables: Callable[..., tuple[Tensor, tuple[int, ...]]], held: list[Tensor], *, at_end: bool
+) -> Callable[..., tuple[Tensor, tuple[int, ...]]]:
+    """What makes tables one behind the other, so that each has guards of its own; they are put into `held`."""
+
+    def apart(*how: Any) -> tuple[Tensor, tuple[int, ...]]:
+        whole, begins = tables(*how)
+        starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
+        parts = [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, [*starts[1:], len(whole)], strict=True)]
+        held.extend(parts)
+        return whole, tuple(part.data_ptr() for part in parts)
+
+    return apart

@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import assembly
 import pytest
 import torch
-from checks import CASES, check, compare, given, integers, reals, request
-from guarded import guarded
+from checks import CASES, channels_inside, check, compare, given, integers, reals, request
+from guarded import guarded, guarded_inside, guarded_tables
 
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
@@ -66,26 +66,9 @@ def asked_for(text, dtype=torch.float32, direction=Direction.FORWARD, **more):
     return request(problem, direction, dtype, **more)
 
 
-def in_channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def forget():
     for cached in (cuts.kind, cuts.layout, cuts.natural, dense.workspace_bytes, dense.prepare, axes.work):
         cached.cache_clear()
-
-
-@pytest.fixture
-def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
-
-    def pretend(bits):
-        target = cpu.Target.host(bits)
-        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
-        forget()
-
-    yield pretend
-    forget()
 
 
 @every_width_in_time
@@ -94,9 +77,9 @@ def as_if(monkeypatch):
 def test_every_way_through_the_kernel(bits, channels_last, text, as_if):
     as_if(bits)
     asked = asked_for(text, channels_last=channels_last)
-    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+    check(algorithm_for(text), asked, integers, channels_inside if channels_last else None)
     more = dataclasses.replace(asked, has_bias=True, has_residual=True, activation="relu", threads=2)
-    check(algorithm_for(text), more, integers, in_channels_last if channels_last else None)
+    check(algorithm_for(text), more, integers, channels_inside if channels_last else None)
 
 
 @every_width_in_time
@@ -110,7 +93,7 @@ def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
         pytest.skip("single numbers of half types are converted, which is done when they are gathered")
     listed = cuts.layout(axes.work(asked), True, cuts.Reads.LIST)
     monkeypatch.setattr(cuts, "natural", lru_cache(lambda *_: listed))
-    for layout in (in_channels_last, ODD["a window of pixels"]):
+    for layout in (channels_inside, ODD["a window of pixels"]):
         check(algorithm_for(text), asked, integers, layout)
 
 
@@ -121,7 +104,7 @@ def test_narrower_registers(bits, channels_last, text, as_if):
     as_if(bits)
     for dtype in DTYPES:
         asked = asked_for(text, dtype, channels_last=channels_last, has_bias=True)
-        check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+        check(algorithm_for(text), asked, integers, channels_inside if channels_last else None)
 
 
 @every_width_in_time
@@ -131,8 +114,8 @@ def test_narrower_registers(bits, channels_last, text, as_if):
 def test_every_type(bits, dtype, channels_last, text, as_if):
     as_if(bits)
     asked = asked_for(text, dtype, channels_last=channels_last, has_bias=True)
-    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
-    check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
+    check(algorithm_for(text), asked, integers, channels_inside if channels_last else None)
+    check(algorithm_for(text), asked, reals, channels_inside if channels_last else None)
 
 
 @both_layouts
@@ -143,7 +126,7 @@ def test_what_is_fused(activation, dtype, channels_last):
     # Bias and residual are added before any activation: alone, they are tried with one.
     for has_bias, has_residual in [(True, True), *([(False, True), (False, False)] if activation == "relu" else [])]:
         one = dataclasses.replace(asked, has_bias=has_bias, has_residual=has_residual)
-        check(direct.ALGORITHM, one, reals, in_channels_last if channels_last else None)
+        check(direct.ALGORITHM, one, reals, channels_inside if channels_last else None)
 
 
 # Where a stride is turned round: phases of unequal length, with many taps, one or none, and blocks of all kinds.
@@ -186,7 +169,7 @@ def test_the_gradient_of_several_images_at_once(bits, images, dtype, text, as_if
     asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=True, has_bias=True, threads=2)
     asked = dataclasses.replace(asked, problem=dataclasses.replace(asked.problem, batch=images))
     take_images(asked, monkeypatch)
-    check(algorithm_for(text), asked, integers, in_channels_last)
+    check(algorithm_for(text), asked, integers, channels_inside)
     check(algorithm_for(text), asked, integers, ODD["a window of pixels"])
 
 
@@ -197,9 +180,9 @@ def test_the_gradient_of_several_images_at_once(bits, images, dtype, text, as_if
 @pytest.mark.parametrize("text", ZEROS.values(), ids=ZEROS)
 def test_the_gradient_for_the_input(dtype, channels_last, text):
     asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_bias=True)
-    for layout in (None, in_channels_last):
+    for layout in (None, channels_inside):
         check(algorithm_for(text), asked, integers, layout)
-    check(algorithm_for(text), asked, reals, in_channels_last if channels_last else None)
+    check(algorithm_for(text), asked, reals, channels_inside if channels_last else None)
 
 
 @every_type
@@ -208,7 +191,7 @@ def test_the_gradient_for_the_input(dtype, channels_last, text):
 def test_what_is_fused_into_the_gradient(dtype, channels_last, text):
     asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_residual=True, threads=2)
     check(algorithm_for(text), dataclasses.replace(asked, activation="relu", has_bias=True), integers)
-    check(algorithm_for(text), asked, integers, in_channels_last)
+    check(algorithm_for(text), asked, integers, channels_inside)
 
 
 def test_no_zeros_are_multiplied():
@@ -227,7 +210,7 @@ def test_the_border_of_a_mode_is_folded_back(mode, dtype, channels_last):
     """Half types are rounded once, behind what is fused."""
     text = f"n2 c5 o6 x7x9 k3x4 s2x1 p2x-1:3 m{mode}"
     asked = asked_for(text, dtype, Direction.GRAD_INPUT, channels_last=channels_last, has_bias=True, has_residual=True)
-    check(direct.ALGORITHM, asked, integers, in_channels_last if channels_last else None)
+    check(direct.ALGORITHM, asked, integers, channels_inside if channels_last else None)
     check(direct.ALGORITHM, dataclasses.replace(asked, activation="silu"), reals)
 
 
@@ -235,9 +218,9 @@ ODD = {
     "every other place": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "the first of many channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "rows and columns exchanged": lambda t: t.mT.contiguous().mT,
-    "channels innermost": in_channels_last,
+    "channels innermost": channels_inside,
     "images innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "a window of pixels": lambda t: in_channels_last(torch.cat([t, t], -1))[..., : t.shape[-1]],
+    "a window of pixels": lambda t: channels_inside(torch.cat([t, t], -1))[..., : t.shape[-1]],
     "a window": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
 }
 
@@ -297,7 +280,7 @@ def test_a_kernel_as_large_as_the_image_is_a_product_of_matrices(text, channels_
         if direction is not Direction.GRAD_WEIGHT:
             asked = dataclasses.replace(asked, has_residual=True, has_bias=direction is Direction.FORWARD)
         assert products._product(asked)
-        for layout in (None, in_channels_last, ODD["every other place"]):
+        for layout in (None, channels_inside, ODD["every other place"]):
             check(direct.ALGORITHM, asked, integers, layout)
 
 
@@ -311,25 +294,13 @@ def between_guards(text, dtype, direction, channels_last, monkeypatch):
     asked = asked_for(text, dtype, direction, channels_last=channels_last, has_bias=True, has_residual=True)
     algorithm, tables = algorithm_for(text), dense._tables
 
-    def place(tensor, at_end):
-        if not channels_last or tensor.dim() < 3:
-            return guarded(tensor, at_end=at_end)
-        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
-
+    place = partial(guarded_inside, channels_last=channels_last)
     for at_end in (True, False):
         held = []
-
-        def guarded_tables(*how, at_end=at_end, held=held):
-            whole, begins = tables(*how)
-            starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
-            ends = [*starts[1:], len(whole)]
-            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
-            return whole, tuple(part.data_ptr() for part in held)
-
-        monkeypatch.setattr(dense, "_tables", guarded_tables)
+        monkeypatch.setattr(dense, "_tables", guarded_tables(tables, held, at_end=at_end))
         dense.prepare.cache_clear()
-        tensors = Tensors(*(place(tensor, at_end) for tensor in given(asked, reals)))
-        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan, dtype=dtype), at_end)
+        tensors = Tensors(*(place(tensor, at_end=at_end) for tensor in given(asked, reals)))
+        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan, dtype=dtype), at_end=at_end)
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         algorithm.run(asked, tensors, out, workspace)
         assert held, "the tables were not guarded"
@@ -342,7 +313,7 @@ def kernel_of(text, **more):
     asked = asked_for(text, **more)
     x, w = (torch.empty(asked.problem.shape_of(role), device="meta") for role in asked.direction.given)
     if asked.channels_last:
-        x, w = in_channels_last(x), in_channels_last(w)
+        x, w = channels_inside(x), channels_inside(w)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dense.cpu, "compile", lambda text, target: texts.append(text))
         dense.prepare.__wrapped__(axes.work(asked), x.stride(), w.stride(), asked.channels_last)
@@ -430,7 +401,7 @@ def test_taps_wholly_in_the_padding_are_skipped(channels_last):
     expected = torch.nn.functional.conv2d(first[:, :, 0], second[:, :, 1], padding=1)
     out = torch.full(asked.problem.output_shape, torch.nan)
     if channels_last:
-        first, second, out = map(in_channels_last, (first, second, out))
+        first, second, out = map(channels_inside, (first, second, out))
     workspace = torch.empty(direct.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
     direct.ALGORITHM.run(asked, Tensors(first, second), out, workspace)
     assert torch.equal(out[:, :, 0], expected)

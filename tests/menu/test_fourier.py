@@ -5,8 +5,20 @@ import math
 
 import pytest
 import torch
-from checks import channels_last, check, compare, exact, given, reals, request, result_of, spread, tolerance
-from guarded import guarded
+from checks import (
+    channels_inside,
+    channels_last,
+    check,
+    compare,
+    exact,
+    given,
+    reals,
+    request,
+    result_of,
+    spread,
+    tolerance,
+)
+from guarded import guarded, guarded_tables
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -76,27 +88,9 @@ def forms_of(asked):
     return fourier._forms(winograd.sides_of(winograd.work(asked)))
 
 
-def last_of(tensor):
-    """Channels side by side."""
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def forget():
     for cached in (fourier.way, winograd.cut_by, winograd._room, winograd.prepare):
         cached.cache_clear()
-
-
-@pytest.fixture
-def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
-
-    def pretend(bits):
-        target = cpu.Target.host(bits)
-        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
-        forget()
-
-    yield pretend
-    forget()
 
 
 @pytest.fixture
@@ -123,7 +117,7 @@ def test_every_way_through_the_kernels(bits, last, direction, text, as_if):
     if problem.padding_mode != "zeros" and direction is Direction.GRAD_INPUT:
         pytest.skip("that is left to tensor operations")
     asked = asked_for(text, direction=direction, channels_last=last, has_bias=True)
-    check(ALGORITHM, asked, reals, last_of if last else None)
+    check(ALGORITHM, asked, reals, channels_inside if last else None)
 
 
 @both_directions_in_time
@@ -145,7 +139,7 @@ def test_every_form(text, direction, only):
 def test_float64(last, direction, text):
     asked = asked_for(text, torch.float64, direction, channels_last=last)
     check(ALGORITHM, asked, reals)
-    check(ALGORITHM, dataclasses.replace(asked, threads=1), reals, last_of)
+    check(ALGORITHM, dataclasses.replace(asked, threads=1), reals, channels_inside)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -198,18 +192,14 @@ def test_nothing_outside_is_touched(direction, text, monkeypatch):
     tables = winograd._tables
     asked = asked_for(text, direction=direction, has_bias=True)
     for at_end in (True, False):
-
-        def guarded_tables(*how, at_end=at_end):
-            whole, begins = tables(*how)
-            held = guarded(whole, at_end=at_end)
-            return held, tuple(held.data_ptr() + begin - whole.data_ptr() for begin in begins)
-
-        monkeypatch.setattr(winograd, "_tables", guarded_tables)
+        held = []
+        monkeypatch.setattr(winograd, "_tables", guarded_tables(tables, held, at_end=at_end))
         winograd.prepare.cache_clear()
         tensors = Tensors(*(None if t is None else guarded(t, at_end=at_end) for t in given(asked, reals)))
         out = guarded(torch.full(asked.problem.shape_of(direction.makes), torch.nan), at_end=at_end)
         workspace = guarded(torch.full((fourier.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         ALGORITHM.run(asked, tensors, out, workspace)
+        assert held, "the tables were not guarded"
         compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
     forget()
 
@@ -222,7 +212,7 @@ def test_a_new_size_compiles_little(last, monkeypatch):
     for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 200, 64), (8, 130, 131)]:
         asked = asked_for(f"n{n} c64 o64 x{h}x{w} k7x7 p3", channels_last=last)
         x = torch.empty(asked.problem.input_shape, device="meta")
-        winograd.prepare.__wrapped__(asked, fourier.way(asked), (last_of(x) if last else x).stride())
+        winograd.prepare.__wrapped__(asked, fourier.way(asked), (channels_inside(x) if last else x).stride())
     assert len(texts) <= 2 * len(forms_of(asked)) == 8
 
 

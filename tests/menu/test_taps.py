@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from assembly import main_tile, products, spills
-from checks import BY_NAME, CASES, check, compare, exact, given, integers, reals, request, same, spread
+from checks import BY_NAME, CASES, channels_inside, check, compare, exact, given, integers, reals, request, same, spread
 from guarded import guarded
 
 from plainconv.cpu import compile as cpu
@@ -65,21 +65,9 @@ def algorithms_for(text):
     return [algorithm for algorithm in able if algorithm.why_not(asked_for(text)) is None]
 
 
-@pytest.fixture
-def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
-
-    def forget():
-        for cached in (taps.way, taps.prepare, pixels.prepare):
-            cached.cache_clear()
-
-    def pretend(bits):
-        target = cpu.Target.host(bits)
-        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
-        forget()
-
-    yield pretend
-    forget()
+def forget():
+    for cached in (taps.way, taps.prepare, pixels.prepare):
+        cached.cache_clear()
 
 
 @every_width_in_time
@@ -214,10 +202,6 @@ INSIDE = {
 } | {"many channels": "n2 c37 o37 x9x33 k3x3 p1 g37", "tiles": "n1 c16 o16 x9x33 k7x9 p1 s2 g16"}
 
 
-def in_channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 @every_width_in_time
 @every_type
 @pytest.mark.parametrize("text", INSIDE.values(), ids=INSIDE)
@@ -225,11 +209,11 @@ def test_lanes_are_channels(bits, dtype, text, as_if):
     as_if(bits)
     alone = asked_for(text, dtype, channels_last=True, threads=2)
     asked = dataclasses.replace(alone, has_bias=True)
-    check(depthwise.ALGORITHM, alone, integers, in_channels_last)
-    check(depthwise.ALGORITHM, asked, reals, in_channels_last)
+    check(depthwise.ALGORITHM, alone, integers, channels_inside)
+    check(depthwise.ALGORITHM, asked, reals, channels_inside)
     check(depthwise.ALGORITHM, asked, integers, spread)
     first, second, *_ = given(asked, integers)
-    for mixed in ((in_channels_last(first), second), (first, in_channels_last(second))):
+    for mixed in ((channels_inside(first), second), (first, channels_inside(second))):
         results, biases = [], []
         for byte in (0xFF, 0x11):
             results.append(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype))

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
-from checks import CASES, check, compare, given, integers, reals, request, spread
-from guarded import guarded
+from checks import CASES, channels_inside, check, compare, given, integers, reals, request, spread
+from guarded import guarded, guarded_inside, guarded_tables
 
 from plainconv.cpu import compile as cpu
 from plainconv.menu import direct, pointwise, weights
@@ -59,25 +60,9 @@ def asked_for(text, dtype=torch.float32, **more):
     return request(problem, Direction.GRAD_WEIGHT, dtype, **more)
 
 
-def in_channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-@pytest.fixture
-def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
-
-    def forget():
-        for cached in (weights.way, weights.prepare):
-            cached.cache_clear()
-
-    def pretend(bits):
-        target = cpu.Target.host(bits)
-        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
-        forget()
-
-    yield pretend
-    forget()
+def forget():
+    for cached in (weights.way, weights.prepare):
+        cached.cache_clear()
 
 
 @every_width_in_time
@@ -87,7 +72,7 @@ def as_if(monkeypatch):
 def test_every_way_through_the_kernel(bits, dtype, channels_last, text, as_if):
     as_if(bits)
     asked = asked_for(text, dtype, channels_last=channels_last, threads=1)
-    check(algorithm_for(text), asked, integers, in_channels_last if channels_last else None)
+    check(algorithm_for(text), asked, integers, channels_inside if channels_last else None)
     check(algorithm_for(text), dataclasses.replace(asked, threads=2, has_bias=True), reals)
     check(algorithm_for(text), dataclasses.replace(asked, threads=3, has_bias=True), integers)
 
@@ -105,7 +90,7 @@ ODD = {
     "every other place": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "the first of many channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "rows and columns exchanged": lambda t: t.mT.contiguous().mT,
-    "channels innermost": in_channels_last,
+    "channels innermost": channels_inside,
     "images innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
     "a window": lambda t: torch.nn.functional.pad(t, (1, 2, 2, 1))[..., 2:-1, 1:-2],
     "irregular": spread,
@@ -124,7 +109,7 @@ def test_memory_of_any_strides(text, layout, dtype, channels_last):
     first, second, bias, _ = given(asked, integers)
     for mixed in ((layout(first), second, bias), (first, layout(second), bias)):
         out = torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype)
-        out = in_channels_last(out) if channels_last else out
+        out = channels_inside(out) if channels_last else out
         algorithm.run(asked, Tensors(*mixed), out, torch.empty(algorithm.cost(asked).workspace, dtype=torch.uint8))
         compare(algorithm, asked, out, *mixed, to_the_bit=True)
 
@@ -139,25 +124,13 @@ def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, mon
     asked = asked_for(text, dtype, channels_last=channels_last, threads=2, has_bias=True)
     algorithm, tables = algorithm_for(text), weights._tables
 
-    def place(tensor, at_end):
-        if not channels_last or tensor.dim() < 3:
-            return guarded(tensor, at_end=at_end)
-        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
-
+    place = partial(guarded_inside, channels_last=channels_last)
     for at_end in (True, False):
         held = []
-
-        def between_guards(*how, at_end=at_end, held=held):
-            whole, begins = tables(*how)
-            starts = [(begin - whole.data_ptr()) // 8 for begin in begins]
-            ends = [*starts[1:], len(whole)]
-            held += [guarded(whole[a:b], at_end=at_end) for a, b in zip(starts, ends, strict=True)]
-            return whole, tuple(part.data_ptr() for part in held)
-
-        monkeypatch.setattr(weights, "_tables", between_guards)
+        monkeypatch.setattr(weights, "_tables", guarded_tables(tables, held, at_end=at_end))
         weights.prepare.cache_clear()
-        first, second, bias, _ = (t if t is None else place(t, at_end) for t in given(asked, reals))
-        out = place(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end)
+        first, second, bias, _ = (t if t is None else place(t, at_end=at_end) for t in given(asked, reals))
+        out = place(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end=at_end)
         workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         algorithm.run(asked, Tensors(first, second, bias), out, workspace)
         assert held or not asked.problem.batch, "the tables were not guarded"
@@ -218,7 +191,7 @@ def kernels_of(text, **more):
     asked = asked_for(text, **more)
     x, y = (torch.empty(asked.problem.shape_of(role), device="meta") for role in ("x", "y"))
     if asked.channels_last:
-        x, y = in_channels_last(x), in_channels_last(y)
+        x, y = channels_inside(x), channels_inside(y)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(weights.cpu, "compile", lambda text, target: texts.append(text))
         weights.prepare.__wrapped__(asked, x.stride(), y.stride())

@@ -1,12 +1,26 @@
 """winograd: every way through its kernels, for every vector width, type and layout of memory."""
 
 import dataclasses
+from functools import partial
 
 import assembly
 import pytest
 import torch
-from checks import channels_last, check, compare, exact, given, integers, reals, request, result_of, spread, tolerance
-from guarded import guarded, guarded_view
+from checks import (
+    channels_inside,
+    channels_last,
+    check,
+    compare,
+    exact,
+    given,
+    integers,
+    reals,
+    request,
+    result_of,
+    spread,
+    tolerance,
+)
+from guarded import guarded, guarded_inside, guarded_tables, guarded_view
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -79,27 +93,9 @@ def asked_for(text, dtype=torch.float32, direction=Direction.FORWARD, **more):
     return asked
 
 
-def last_of(tensor):
-    """Channels side by side."""
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def forget():
     for cached in (winograd.way, winograd.cut_by, winograd._room, winograd.prepare):
         cached.cache_clear()
-
-
-@pytest.fixture
-def as_if(monkeypatch):
-    """A function that pretends the processor has vectors of so many bits."""
-
-    def pretend(bits):
-        target = cpu.Target.host(bits)
-        monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
-        forget()
-
-    yield pretend
-    forget()
 
 
 @every_width
@@ -111,7 +107,7 @@ def test_every_way_through_the_kernels(bits, last, direction, text, as_if):
     if last and ConvProblem.parse(text).dims == 1:
         pytest.skip("torch has no channels_last in one dimension")
     asked = asked_for(text, direction=direction, channels_last=last, has_bias=True, has_residual=True)
-    check(ALGORITHM, asked, reals, last_of if last else None)
+    check(ALGORITHM, asked, reals, channels_inside if last else None)
 
 
 @every_width
@@ -122,7 +118,7 @@ def test_float64(bits, last, direction, text, as_if):
     as_if(bits)
     asked = asked_for(text, torch.float64, direction, channels_last=last, has_residual=True)
     check(ALGORITHM, asked, reals)
-    check(ALGORITHM, dataclasses.replace(asked, activation="relu", threads=1), reals, last_of)
+    check(ALGORITHM, dataclasses.replace(asked, activation="relu", threads=1), reals, channels_inside)
 
 
 @both_layouts
@@ -213,24 +209,16 @@ def test_nothing_outside_is_touched(bits, direction, last, text, as_if, monkeypa
     tables = winograd._tables
     asked = asked_for(text, direction=direction, channels_last=last, has_bias=True, has_residual=True)
 
-    def place(tensor, at_end):
-        if not last or tensor.dim() < 3:
-            return guarded(tensor, at_end=at_end)
-        return guarded(tensor.movedim(1, -1), at_end=at_end).movedim(-1, 1)
-
+    place = partial(guarded_inside, channels_last=last)
     for at_end in (True, False):
-
-        def guarded_tables(*how, at_end=at_end):
-            whole, begins = tables(*how)
-            held = guarded(whole, at_end=at_end)
-            return held, tuple(held.data_ptr() + begin - whole.data_ptr() for begin in begins)
-
-        monkeypatch.setattr(winograd, "_tables", guarded_tables)
+        held = []
+        monkeypatch.setattr(winograd, "_tables", guarded_tables(tables, held, at_end=at_end))
         winograd.prepare.cache_clear()
-        tensors = Tensors(*(place(tensor, at_end) for tensor in given(asked, reals)))
-        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan), at_end)
+        tensors = Tensors(*(place(tensor, at_end=at_end) for tensor in given(asked, reals)))
+        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan), at_end=at_end)
         workspace = guarded(torch.full((ALGORITHM.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         winograd.run(asked, tensors, out, workspace)
+        assert held, "the tables were not guarded"
         compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
 
 
@@ -252,7 +240,7 @@ def test_a_new_size_compiles_nothing(last, monkeypatch):
     for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 200, 64), (8, 130, 131)]:
         asked = asked_for(f"n{n} c64 o64 x{h}x{w} k3x3 p1", channels_last=last)
         x = torch.empty(asked.problem.input_shape, device="meta")
-        winograd.prepare.__wrapped__(asked, winograd.way(asked), (last_of(x) if last else x).stride())
+        winograd.prepare.__wrapped__(asked, winograd.way(asked), (channels_inside(x) if last else x).stride())
     assert len(texts) == 2
 
 
