@@ -31,3 +31,11 @@ def test_shift_is_never_slower_than_the_seed():
     records = load("shift_against_seed.json")["records"]
     assert len(records) == 18
     assert min(record["ratio"] for record in records) >= 1
+
+
+def test_winograd_changes_the_loss_less_than_another_seed_does():
+    curves = load("loss_curves.json")["curves"]
+    assert [(curve["net"], len(curve["winograd"])) for curve in curves] == [("mnist", 18), ("resnet", 50)]
+    for curve in curves:
+        assert curve["algorithm_gap"] < curve["seed_gap"] / 10
+        assert curve["winograd"][-1] < curve["winograd"][0] / 2
