@@ -160,19 +160,30 @@ def train_layers(
     batch: BatchOption = None,
     layer: Annotated[str, typer.Option(help=f"{', '.join(train.LAYERS)}.")] = "both",
     algorithm: AlgorithmOption = "auto",
+    dropout: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the numbers that a dropout leaves out.")
+    ] = train.DROPOUT,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option(help="A JSON file for the records.")] = None,
 ) -> None:
-    """Train the small CNN with plainconv's layer, with torch's, or with both in turn."""
+    """Train the small CNN with plainconv's layer, with torch's, or with both in turn.
+
+    In several processes, which share each batch: torchrun --nproc-per-node 2 -m plainconv.train, with the same options.
+    """
     with one_line():
         layers = train.layers(layer, _algorithm(algorithm))
-        recipe, where = _recipe(dataset, epochs, batch), _device(device)
+        recipe, where = _recipe(dataset, epochs, batch), _device(train.local_device(device))
         if out is not None:
             _check_file(out)  # a mistake in the name is not worth a training
-        data = train.load(dataset, data_dir).to(where)
-        with _bars(list(layers), train.steps(data, recipe.epochs, recipe.batch)) as watch:
-            runs = train.race(layers, data, epochs=recipe.epochs, batch=recipe.batch, seed=seed, watch=watch)
+        with train.joined(where) as team:
+            with team.lead_first():
+                data = train.load(dataset, data_dir).to(where)
+            how: dict[str, Any] = {"epochs": recipe.epochs, "batch": recipe.batch, "seed": seed, "dropout": dropout}
+            with _bars(list(layers), train.steps(data, recipe.epochs, recipe.batch), team.leads) as watch:
+                runs = train.race(layers, data, **how, team=team, watch=watch)
+    if not team.leads:
+        return
     table = Table("layer", "test accuracy", "last loss", "training", "each step")
     for name, run in runs.items():
         end = run[-1]
@@ -181,7 +192,7 @@ def train_layers(
     Console().print(table)
     if out is not None:
         points = {name: [asdict(point) for point in run] for name, run in runs.items()}
-        record = {"dataset": dataset, "algorithm": algorithm, "seed": seed, "device": device, **asdict(recipe)}
+        record = {"dataset": dataset, "algorithm": algorithm, "device": device, "processes": team.size, **how}
         with one_line(), write_whole(out) as file:
             file.write((json.dumps({**record, "runs": points}, indent=1) + "\n").encode())
 
@@ -362,7 +373,7 @@ def _problem(text: str) -> ConvProblem:
 
 
 @contextmanager
-def _bars(names: list[str], total: int) -> Iterator[Callable[[str, train.Point], None]]:
+def _bars(names: list[str], total: int, shown: bool = True) -> Iterator[Callable[[str, train.Point], None]]:
     """A progress bar for each training, on stderr; yields what to call with a name and its newest point."""
     columns = (
         TextColumn("{task.description:>10}"),
@@ -371,7 +382,7 @@ def _bars(names: list[str], total: int) -> Iterator[Callable[[str, train.Point],
         TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         tasks = {name: progress.add_task(name, total=total, loss=float("nan"), accuracy=0.0) for name in names}
 
         def watch(name: str, point: train.Point) -> None:

@@ -57,8 +57,9 @@ SAME_DOOR = {("cli", "__main__")}
 
 
 def part(module: str) -> str:
-    """The name in the table: the first one below plainconv."""
-    return module.split(".")[1]
+    """The name in the table: the first one below plainconv; what `python -m` runs is a door, wherever it lies."""
+    _, first, *rest = module.split(".")
+    return "__main__" if rest[-1:] == ["__main__"] else first
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -7,7 +7,8 @@ What makes two nets comparable:
 - they take turns, a few steps each, in one process, so that a machine that slows down slows both;
 - the clock runs only while a step runs: not for the test, and not for the first step's preparations, done once before.
 
-One step: loss = NLL(net(x[batch]), y[batch]), its gradient, and Adam's update.
+One step: loss = NLL(net(x[batch]), y[batch]), its gradient, and Adam's update. Several processes share each batch
+(processes.py says how); every one of them sees the same points.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plainconv.train.data import Data
-from plainconv.train.net import Layer, Net
+from plainconv.train.net import DROPOUT, Layer, Net
+from plainconv.train.processes import ALONE, Team
 
 LEARNING_RATE = 0.001
 TEST_BATCH = 1000
@@ -51,6 +53,8 @@ def race(
     batch: int,
     seed: int = 0,
     every: int = EVERY,
+    dropout: float = DROPOUT,
+    team: Team = ALONE,
     watch: Callable[[str, Point], None] | None = None,
 ) -> dict[str, list[Point]]:
     """Train one net for each layer, in turn, from the same initial weights on the same batches.
@@ -58,7 +62,8 @@ def race(
     Args:
         layers: name -> what makes a convolution layer (see Net).
         data: on the device to train on.
-        epochs, batch, seed, every: see fit.
+        epochs, batch, seed, every, team: see fit.
+        dropout: share of the numbers that the net's two dropouts leave out.
         watch: called with the name and each new point.
 
     Returns:
@@ -67,8 +72,8 @@ def race(
     runs = {}
     for name, layer in layers.items():
         torch.manual_seed(seed)
-        net = Net(layer).to(data.x.device)
-        runs[name] = fit(net, data, epochs=epochs, batch=batch, seed=seed, every=every)
+        net = team.wrap(Net(layer, dropout).to(data.x.device))
+        runs[name] = fit(net, data, epochs=epochs, batch=batch, seed=seed, every=every, team=team)
     points: dict[str, list[Point]] = {name: [] for name in layers}
     for turn in zip(*runs.values(), strict=True):
         for name, point in zip(runs, turn, strict=True):
@@ -78,35 +83,47 @@ def race(
     return points
 
 
-def fit(net: nn.Module, data: Data, *, epochs: int, batch: int, seed: int = 0, every: int = EVERY) -> Iterator[Point]:
+def fit(
+    net: nn.Module,
+    data: Data,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int = 0,
+    every: int = EVERY,
+    team: Team = ALONE,
+) -> Iterator[Point]:
     """Train a net; each point is the next `every` steps.
 
     Args:
         net: [n, 1, 28, 28] -> logarithms of probabilities [n, 10]; trained in place.
         data: on the net's device.
         epochs: how often each picture is seen.
-        batch: pictures in a step; the last of an epoch takes what is left.
+        batch: pictures in a step, of all processes together; the last of an epoch takes what is left.
         seed: of the order of the pictures and of dropout.
         every: steps from one point to the next; the last step is always one.
+        team: the processes that do the same with the same arguments, if there are several; the net is wrapped for them.
 
     Yields:
         one point after each `every` steps, and one at the end.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     total = steps(data, epochs, batch)
-    _prepare(net, data, batch)
+    _prepare(net, team.share(data.x[:batch]))
     seconds, losses = 0.0, []
     for step, chosen in enumerate(_batches(data, epochs, batch, seed), start=1):
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout
+        torch.manual_seed((seed * 1_000_003 + step) * team.size + team.rank)  # dropout
+        share = team.share(chosen)
         start = _now(data.x)
         optimizer.zero_grad()
-        loss = F.nll_loss(net(data.x[chosen]), data.y[chosen])
+        loss = F.nll_loss(net(data.x[share]), data.y[share], reduction="sum") * (team.size / len(chosen))
         loss.backward()
         optimizer.step()
         seconds += _now(data.x) - start
         losses.append(loss.item())
         if step % every == 0 or step == total:
-            yield Point(step, seconds, sum(losses) / len(losses), accuracy(net, data))
+            mean = team.sum(sum(losses) / len(losses), data.x.device) / team.size
+            yield Point(step, seconds, mean, accuracy(net, data, team))
             losses = []
 
 
@@ -115,17 +132,17 @@ def steps(data: Data, epochs: int, batch: int) -> int:
     return epochs * -(-len(data.x) // batch)
 
 
-def accuracy(net: nn.Module, data: Data) -> float:
+def accuracy(net: nn.Module, data: Data, team: Team = ALONE) -> float:
     """The share of the test pictures that the net gets right, 0 to 1; dropout is off meanwhile."""
+    xs, ys = team.share(data.test_x), team.share(data.test_y)
     training = net.training
     net.eval()
     with torch.no_grad():
         right = sum(
-            int((net(x).argmax(1) == y).sum())
-            for x, y in zip(data.test_x.split(TEST_BATCH), data.test_y.split(TEST_BATCH), strict=True)
+            int((net(x).argmax(1) == y).sum()) for x, y in zip(xs.split(TEST_BATCH), ys.split(TEST_BATCH), strict=True)
         )
     net.train(training)
-    return right / len(data.test_y)
+    return team.sum(right, data.x.device) / len(data.test_y)
 
 
 def _batches(data: Data, epochs: int, batch: int, seed: int) -> Iterator[Tensor]:
@@ -135,10 +152,10 @@ def _batches(data: Data, epochs: int, batch: int, seed: int) -> Iterator[Tensor]
         yield from torch.randperm(len(data.x), generator=generator).to(data.x.device).split(batch)
 
 
-def _prepare(net: nn.Module, data: Data, batch: int) -> None:
+def _prepare(net: nn.Module, x: Tensor) -> None:
     """One step forward and back whose gradients are thrown away: what is made at a first call is made."""
     net.train()
-    net(data.x[:batch]).sum().backward()
+    net(x).sum().backward()
     net.zero_grad()
 
 

@@ -17,6 +17,7 @@ from plainconv.nn import Conv2d
 
 Layer = Callable[[int, int, int], nn.Module]
 LAYERS = ("ours", "torch", "both")
+DROPOUT = 0.2
 
 
 def layers(which: str = "both", algorithm: str = "auto") -> dict[str, Layer]:
@@ -37,9 +38,10 @@ class Net(nn.Module):
     Args:
         conv: what makes a convolution layer from (in_channels, out_channels, kernel_size): torch.nn.Conv2d,
             plainconv.nn.Conv2d, or one of them with more arguments bound.
+        dropout: share of the numbers that each of the two dropouts leaves out.
     """
 
-    def __init__(self, conv: Layer) -> None:
+    def __init__(self, conv: Layer, dropout: float = DROPOUT) -> None:
         super().__init__()
         self.conv1 = conv(1, 3, 3)
         self.conv2 = conv(3, 3, 3)
@@ -49,7 +51,7 @@ class Net(nn.Module):
         self.fc2 = nn.Linear(30, 10)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(2)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(dropout)
         self.log_softmax = nn.LogSoftmax(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
