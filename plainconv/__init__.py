@@ -16,6 +16,7 @@ from plainconv.functional import (
     conv_transpose3d,
     explain,
 )
+from plainconv.inference import prepack
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import algorithms, tune, tuning
 from plainconv.replace import swap, unswap
@@ -37,6 +38,7 @@ __all__ = [
     "get_allow_builtin",
     "get_max_workspace",
     "nn",
+    "prepack",
     "set_allow_builtin",
     "set_max_workspace",
     "swap",

@@ -224,11 +224,11 @@ def explain(
     if output_padding != 0 and not transposed:
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
-    options = _Options(
+    options = Options(
         stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
     )
     input, weight, bias = _autocast(input, weight, bias)
-    first, make, _ = _settled(name, weight.dim() - 2, input, weight, bias, options)
+    first, make, _ = settled(name, weight.dim() - 2, input, weight, bias, options)
     if direction not in {known.value for known in Direction}:
         known = ", ".join(repr(known.value) for known in Direction)
         raise ValueError(f"direction must be one of {known}, but got {direction!r}")
@@ -242,7 +242,9 @@ def explain(
 # -- the door --------------------------------------------------------------------------------------------------------
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """What a call says besides its tensors."""
+
     stride: Spec
     padding: Spec
     dilation: Spec
@@ -262,9 +264,9 @@ def _call(
     bias: Tensor | None,
     options: tuple[Any, ...],
 ) -> Tensor:
-    """All six functions; `options` are those of _Options."""
+    """All six functions; `options` are those of Options."""
     if has_torch_function((input, weight, bias)):
-        spelled = _Options(*options)._asdict()
+        spelled = Options(*options)._asdict()
         if "transpose" not in function.__name__:
             del spelled["output_padding"]
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
@@ -275,7 +277,7 @@ def _call(
             if fitting and forward_ad._current_level < 0:
                 return recorded(input, weight, bias) if torch.is_grad_enabled() else run(input, weight, bias)
         if (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
-            first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
+            first, make, batched = settled(function.__name__, dims, input, weight, bias, Options(*options))
             call = ops.remembered(first, weight, bias, make)
             run, recorded = (way if batched else _unbatched(way) for way in (call.run, call.recorded))
             if key is not None:
@@ -285,7 +287,7 @@ def _call(
             return recorded(input, weight, bias) if watch is ops.Watch.GRADIENT else run(input, weight, bias)
     _check_kinds(function.__name__, input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
-    first, make, batched = _settled(function.__name__, dims, input, weight, bias, _Options(*options))
+    first, make, batched = settled(function.__name__, dims, input, weight, bias, Options(*options))
     if onnx.exporting():
         result = onnx.convolution(first, weight, bias, make.direction, make.shape, make.geometry)
     else:
@@ -332,8 +334,8 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return input, weight, bias
 
 
-def _settled(
-    name: str, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: _Options
+def settled(
+    name: str, dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, ops.Make, bool]:
     """The input with a batch, what is to be made of it, and whether it came with a batch."""
     _check_types(input, weight, bias)

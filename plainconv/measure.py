@@ -171,6 +171,7 @@ def _told(request: Request) -> dict[str, Any]:
         "max_workspace": request.max_workspace,
         "plainconv": __version__,
         "torch": torch.__version__,
+        **({"packed": True} if request.packed else {}),
     }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,7 +33,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.memory import LARGE, lent
-from plainconv.menu.base import Tensors, sum_for_bias
+from plainconv.menu.base import Made, Tensors, sum_for_bias
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.remember import on_forget
@@ -278,9 +279,14 @@ def remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -
     return call
 
 
-def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
-    """The call for tensors of these sizes, strides and types."""
+def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make, made: Made | None = None) -> Call:
+    """The call for tensors of these sizes, strides and types.
+
+    made: the second is a weight whose values stay, and this is what was made of it before.
+    """
     asked = request(make, first, second, bias, make.direction)
+    if made is not None:
+        asked = replace(asked, packed=True)
     chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
     shape, strides, dtype, device = tuple(empty.shape), empty.stride(), first.dtype, first.device
@@ -300,7 +306,8 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Cal
 
         return Call(make, of_nothing)
     regular = 0 not in first.stride() and 0 not in second.stride()
-    fill = chosen.bind(Tensors(_as_regular(first), _as_regular(second), bias))
+    like = Tensors(_as_regular(first), _as_regular(second), bias)
+    fill = chosen.bind(like) if made is None else chosen.pack(like, made)
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
         if large:

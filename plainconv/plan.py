@@ -24,7 +24,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
 from plainconv.memory import LARGE, lent
 from plainconv.menu import ALGORITHMS, fitted
-from plainconv.menu.base import DTYPES, Algorithm, AlgorithmRefused, Cost, Tensors, finish, finish_seconds
+from plainconv.menu.base import DTYPES, Algorithm, AlgorithmRefused, Bound, Cost, Made, Tensors, finish, finish_seconds
 from plainconv.problem import Request
 from plainconv.remember import forget, on_forget
 from plainconv.settings import AUTO
@@ -86,8 +86,16 @@ class Plan:
 
     def bind(self, tensors: Tensors) -> Callable[[Tensors, Tensor], None]:
         """The call, for tensors that have the strides of these; nothing is looked up in it twice."""
+        return self.pack(tensors, {})
+
+    def pack(self, tensors: Tensors, made: Made) -> Callable[[Tensors, Tensor], None]:
+        """The same; of a packed request, what is made of the weight is looked for here, and kept here."""
         request, algorithm, size = self.request, self.algorithm, self.cost.workspace
-        run = algorithm.bind(request, tensors) if algorithm.bind else partial(algorithm.run, request)
+        run: Bound = partial(algorithm.run, request)
+        if request.packed and algorithm.pack:
+            run = algorithm.pack(request, tensors, made)
+        elif algorithm.bind:
+            run = algorithm.bind(request, tensors)
         device = tensors.first.device
         kept = size <= KEPT and device.type == "cpu"
         large = size >= LARGE and device.type == "cpu"

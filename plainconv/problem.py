@@ -277,7 +277,8 @@ class Request:
     for each channel, a residual the shape and memory format of the result, and activation is one of ACTIVATIONS
     (leaky_relu with slope 0.01, gelu with erf).  GRAD_WEIGHT adds no bias: with one, it makes the gradient of the bias
     of y, too.  channels_last speaks of the result, and is never set where torch has
-    no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.
+    no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.  packed: the weight
+    stays from call to call, so that what is made of it alone is made once, and is no part of a call.
     """
 
     problem: ConvProblem
@@ -291,6 +292,7 @@ class Request:
     activation: str | None = None
     has_residual: bool = False
     allow_builtin: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
@@ -315,6 +317,7 @@ class Request:
     def __str__(self) -> str:
         told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
         told += " channels_last" if self.channels_last else ""
+        told += " prepacked" if self.packed else ""
         told += " + bias" if self.has_bias else ""
         told += " + residual" if self.has_residual else ""
         told += "" if self.activation is None else f", {self.activation}"

@@ -152,17 +152,34 @@ def _why_not(layer: nn.Module) -> str | None:
         return "it is swapped already"
     if isinstance(layer, layers._Layer):
         return "it is plainconv's own layer"
-    base = _base(kind)
-    if base is None:
-        return f"{kind.__name__} is none of torch.nn's convolution layers"
-    method = _method(base)
-    if getattr(kind, method) is not getattr(base, method) or kind.forward is not base.forward:
-        return f"{kind.__name__} has a forward of its own"
-    if "forward" in vars(layer) or "_conv_forward" in vars(layer):
-        return "its forward was replaced"
+    if sentence := other_forward(layer):
+        return sentence
     if (kind.__reduce_ex__, kind.__reduce__) != (object.__reduce_ex__, object.__reduce__):
         return f"{kind.__name__} has a way of its own to be pickled"
     return None
+
+
+def other_forward(layer: nn.Module) -> str | None:
+    """The sentence for what does not compute as the convolution layers of torch.nn or plainconv.nn do."""
+    kind: type[Any] = type(layer)
+    if (base := _base(kind)) is None:
+        return f"{kind.__name__} is none of torch.nn's convolution layers"
+    known: type[Any] = _original_of(kind) if isinstance(layer, _Swapped) else kind
+    own: Any = next((ours for ours in known.__mro__ if ours.__module__ == layers.__name__), base)
+    method = _method(base)
+    if getattr(known, method) is not getattr(own, method) or known.forward is not own.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if "forward" in vars(layer) or "_conv_forward" in vars(layer):
+        return "its forward was replaced"
+    return None
+
+
+def algorithm_of(layer: nn.Module) -> str:
+    """The algorithm that a layer of plainconv.nn, or one that was swapped, names; "auto" for all others."""
+    if isinstance(layer, _Swapped):
+        return layer._plainconv.algorithm
+    named: str = getattr(layer, "algorithm", AUTO)
+    return named
 
 
 def _base(kind: type) -> type[nn.Module] | None:

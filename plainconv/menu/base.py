@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from plainconv.memory import LARGE, lent
 from plainconv.problem import Request
 
 ALIGNMENT = 64  # bytes; one cache line, and one AVX-512 vector
@@ -51,6 +52,7 @@ class AlgorithmRefused(RuntimeError):
 
 
 Bound = Callable[[Tensors, Tensor, Tensor], None]  # run, without its request
+Made = dict[Any, Tensor]  # what was made of a weight that stays, by how it was made
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Algorithm:
     fuses     whether run adds the residual, applies the activation and makes the gradient of a bias; else `finish` does
     bind      optional: run for a request and for tensors of the strides of those given, whose values are not looked at;
               what run would look up in every call is looked up once
+    pack      optional: as bind, for a request that is `packed`: what is made of the weight alone is made now, or found
+              in the memory given, where calls of other sizes may have left it (run and bind get no such request then)
     by_name   whether it is taken only where it is named: run looks at values, and raises AlgorithmRefused for some
     """
 
@@ -78,7 +82,18 @@ class Algorithm:
     version: int = 1
     fuses: bool = False
     bind: Callable[[Request, Tensors], Bound] | None = None
+    pack: Callable[[Request, Tensors, Made], Bound] | None = None
     by_name: bool = False
+
+
+def made_once(made: Made, key: Any, size: int, fill: Callable[[Tensor], None]) -> Tensor:
+    """So many bytes that `fill` fills, unless they are there already under this key."""
+    kept = made.get(key)
+    if kept is None:
+        kept = lent((size,), (1,), torch.uint8) if size >= LARGE else torch.empty(size, dtype=torch.uint8)
+        fill(kept)
+        made[key] = kept  # once it is whole: other threads may look for it
+    return kept
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

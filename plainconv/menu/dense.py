@@ -21,7 +21,7 @@ from plainconv.cpu import dense, gather, pack
 from plainconv.cpu.launch import Job, launch_all
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, Axis, Work, elements, inside, work
-from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Made, Tensors, made_once, moved_bytes
 from plainconv.menu.cuts import Kind, Layout, Reads, Strip
 from plainconv.menu.engine import STORED, folded, padded
 from plainconv.problem import Request
@@ -127,6 +127,14 @@ class Packs(NamedTuple):
     def job(self, tensor: int, scratch: int) -> Job:
         """Pack what lies there."""
         return self.kernel, (tensor, scratch, *self.sizes), self.tasks, False
+
+    def once(self, tensor: Tensor, made: Made, threads: int) -> Tensor:
+        """The same of a tensor that stays, to be kept."""
+
+        def fill(room: Tensor) -> None:
+            launch_all([self.job(tensor.data_ptr(), room.data_ptr())], engine.movers(self.bytes, threads))
+
+        return made_once(made, (self.kernel, self.sizes), self.bytes, fill)
 
 
 def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
@@ -443,7 +451,7 @@ def workspace_bytes(work: Work) -> int:
         }[way.reads]
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
         packing = _packing(work, way, False)
-        packed = [packing.bytes] if packing else []
+        packed = [packing.bytes] if packing and not work.request.packed else []
         if way.reads is Reads.IMAGES:
             packed.append(cuts.images_bytes(work, way.lanes))
         most = max(most, way.shares * share + sum(padded(bytes_, ALIGNMENT) for bytes_ in packed))
@@ -457,7 +465,7 @@ def cost(request: Request) -> Cost:
     packing = _packing(seen, way, False)
     moved = moved_bytes(request)
     cycles = way.cycles * _real(seen)
-    if packing:
+    if packing and not request.packed:
         cycles += (
             2
             * packing.bytes
@@ -482,8 +490,8 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
     bind(request, tensors)(tensors, out, workspace)
 
 
-def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a result, for tensors that lie in memory as these."""
+def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these; made: see Algorithm.pack."""
     seen = work(request)
     x, w, bias, _ = tensors
     is_ = cuts.kind(seen)
@@ -495,7 +503,11 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     w_strides = w.contiguous().stride() if copies_w else w.stride()
     ready = prepare(seen, x.stride(), w_strides, channels_inside)
     settled, places = ready.settled.data_ptr(), is_.places
-    packed = sum(packs.bytes for packs in (ready.weight, ready.images) if packs is not None)
+    packs_w, kept = ready.weight, None
+    if made is not None and packs_w is not None:
+        kept = packs_w.once(w.contiguous() if copies_w else w, made, request.threads)
+        packs_w, copies_w = None, False
+    packed = sum(packs.bytes for packs in (packs_w, ready.images) if packs is not None)
     threads = request.threads if ready.shares > 1 else engine.movers(packed, request.threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -504,12 +516,12 @@ def bind(request: Request, tensors: Tensors) -> Bound:
             w = w.contiguous()
         if copies_bias and bias is not None:
             bias = bias.contiguous()
-        scratch, weight = workspace.data_ptr(), w.data_ptr()
+        scratch, weight = workspace.data_ptr(), (w if kept is None else kept).data_ptr()
         pixels = x.data_ptr()
         jobs: list[Job] = []
-        if ready.weight is not None:
-            jobs.append(ready.weight.job(weight, scratch))
-            weight, scratch = scratch, scratch + ready.weight.bytes
+        if packs_w is not None:
+            jobs.append(packs_w.job(weight, scratch))
+            weight, scratch = scratch, scratch + packs_w.bytes
         if ready.images is not None:
             jobs.append(ready.images.job(pixels, scratch))
             pixels, scratch = scratch, scratch + ready.images.bytes

@@ -36,6 +36,7 @@ from plainconv.menu.base import (
     Bound,
     Buffer,
     Cost,
+    Made,
     Tensors,
     carve,
     compute_dtype,
@@ -282,9 +283,16 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     return fourier.bind(request, tensors) if _served(request)[1] else partial(_run_in_tensors, request)
 
 
+def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
+    """The same for a weight that stays: on the engine it is transformed once."""
+    if _served(request)[1]:
+        return fourier.bind(request, tensors, made)
+    return partial(_run_in_tensors, request)
+
+
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
     """Fill `out`."""
     bind(request, tensors)(tensors, out, workspace)
 
 
-ALGORITHM = Algorithm("fft", _why_not, _cost, _error, run, version=2, bind=bind)
+ALGORITHM = Algorithm("fft", _why_not, _cost, _error, run, version=2, bind=bind, pack=pack)

@@ -24,6 +24,7 @@ from plainconv.menu.base import (
     Bound,
     Buffer,
     Cost,
+    Made,
     Tensors,
     carve,
     compute_dtype,
@@ -37,7 +38,7 @@ from plainconv.problem import Direction, Request
 
 def folding(algorithm: Algorithm) -> Algorithm:
     """The same algorithm, which has `bind`, and also serves the gradient for the input of every padding mode."""
-    bind = algorithm.bind
+    bind, pack = algorithm.bind, algorithm.pack
     if bind is None:
         raise ValueError(f"{algorithm.name} has no bind")
 
@@ -53,10 +54,19 @@ def folding(algorithm: Algorithm) -> Algorithm:
     def bound(request: Request, tensors: Tensors) -> Bound:
         return _bind(request, tensors, bind) if _folds(request) else bind(request, tensors)
 
+    def packed(request: Request, tensors: Tensors, made: Made) -> Bound:
+        """Where it folds, the weight is widened once, too."""
+        assert pack is not None
+        if not _folds(request):
+            return pack(request, tensors, made)
+        wide = tensors.second.to(compute_dtype(request.dtype))
+        return _bind(request, tensors._replace(second=wide), lambda asked, given: pack(asked, given, made), wide)
+
     def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         bound(request, tensors)(tensors, out, workspace)
 
-    return dataclasses.replace(algorithm, why_not=why_not, cost=cost, run=run, bind=bound)
+    held = packed if pack else None
+    return dataclasses.replace(algorithm, why_not=why_not, cost=cost, run=run, bind=bound, pack=held)
 
 
 def _folds(request: Request) -> bool:
@@ -102,7 +112,10 @@ def _laid(buffer: Tensor, like: Request) -> Tensor:
     return buffer.view(batch, *inner, channels).movedim(-1, 1)
 
 
-def _bind(request: Request, tensors: Tensors, bind: Callable[[Request, Tensors], Bound]) -> Bound:
+def _bind(
+    request: Request, tensors: Tensors, bind: Callable[[Request, Tensors], Bound], stays: Tensor | None = None
+) -> Bound:
+    """stays: the weight in the type of the sums, if it is not to be made in each call."""
     problem, padded, buffers = request.problem, _padded(request), _buffers(request)
     used, widens = workspace_bytes(buffers), len(buffers) > 1
     axes = [
@@ -112,14 +125,15 @@ def _bind(request: Request, tensors: Tensors, bind: Callable[[Request, Tensors],
     given = Tensors(tensors.first, tensors.second)
     if widens:
         y, w = (torch.empty(shape, dtype=padded.dtype, device="meta") for shape, _ in buffers[2:])
-        given = Tensors(_laid(y, request), w)
+        given = Tensors(_laid(y, request), w if stays is None else stays)
     call = bind(padded, given)
 
     def fold(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         room, *wide = carve(workspace, buffers)
         strip, total, y, w = _laid(room, request), out, tensors.first, tensors.second
         if widens:
-            total, y, w = _laid(wide[0], request), _laid(wide[1], request).copy_(y), wide[2].copy_(w)
+            total, y = _laid(wide[0], request), _laid(wide[1], request).copy_(y)
+            w = wide[2].copy_(w) if stays is None else stays
         call(Tensors(y, w), strip, workspace[used:])
         total.zero_()
         scatter_add(strip, axes, total)

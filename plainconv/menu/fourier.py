@@ -20,7 +20,7 @@ import torch
 from plainconv.cpu import fourier
 from plainconv.menu import engine, winograd
 from plainconv.menu.axes import work
-from plainconv.menu.base import Bound, Cost, Tensors, summation_error
+from plainconv.menu.base import Bound, Cost, Made, Tensors, summation_error
 from plainconv.menu.engine import Side, folded
 from plainconv.menu.winograd import Form, Way, cut_by, sides_of
 from plainconv.problem import Direction, Request
@@ -83,7 +83,8 @@ def _rows(side: Side, lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
 def way(request: Request) -> Way:
     """The form of least estimated time, and how to cut it."""
     forms = _forms(sides_of(work(request)))
-    return min((cut_by(request, form) for form in forms), key=lambda cut: _cost(request, cut).seconds)
+    cuts = (cut_by(request, form, whole) for form in forms for whole in {False, request.packed})
+    return min(cuts, key=lambda cut: _cost(request, cut).seconds)
 
 
 def cost(request: Request) -> Cost:
@@ -106,8 +107,8 @@ def error(request: Request) -> float:
     return 3 * math.sqrt(max(grown, 1.0)) * summation_error(work(request).group_in * form.blocks + sum(form.patch))
 
 
-def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a result, for tensors that lie in memory as these."""
+def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these; made: see Algorithm.pack."""
     # What comes behind the convolution is left to the caller: in tensor operations `fft` does not do it either.
     bare = dataclasses.replace(request, has_residual=False, activation=None)
-    return winograd.bind_cut(bare, way(request), Tensors(tensors.first, tensors.second, tensors.bias))
+    return winograd.bind_cut(bare, way(request), Tensors(tensors.first, tensors.second, tensors.bias), made)

@@ -23,5 +23,15 @@ def _why_not(request: Request) -> str | None:
 
 
 ALGORITHM = folding(
-    Algorithm("pointwise", _why_not, products.cost, sum_error, products.run, version=2, fuses=True, bind=products.bind)
+    Algorithm(
+        "pointwise",
+        _why_not,
+        products.cost,
+        sum_error,
+        products.run,
+        version=2,
+        fuses=True,
+        bind=products.bind,
+        pack=products.pack,
+    )
 )

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 from torch import Tensor
 
 from plainconv.menu import dense, weights
-from plainconv.menu.base import Bound, Cost, Tensors
+from plainconv.menu.base import Bound, Cost, Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
 WORTH = 1 << 16  # numbers of a weight, from which views of all tensors cost little beside the product
@@ -30,10 +31,17 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
     if product := _product(request):
-        return _bind_product(request, product, tensors)
+        return _bind_product(request, product, tensors, bind)
     if request.direction is Direction.GRAD_WEIGHT:
         return weights.bind(request, tensors)
     return dense.bind(request, tensors)
+
+
+def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
+    """The same for a weight that stays."""
+    if product := _product(request):
+        return _bind_product(request, product, tensors, partial(pack, made=made))
+    return dense.bind(request, tensors, made)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -65,7 +73,9 @@ def _product(request: Request) -> Request | None:
     return dataclasses.replace(request, problem=product, channels_last=True)
 
 
-def _bind_product(request: Request, product: Request, tensors: Tensors) -> Bound:
+def _bind_product(
+    request: Request, product: Request, tensors: Tensors, bind: Callable[[Request, Tensors], Bound]
+) -> Bound:
     def seen(tensor: Tensor, role: str) -> Tensor:
         rows = (tensor.movedim(1, -1) if request.channels_last else tensor).flatten(1)
         return rows[:, :, None, None] if role == "w" else rows.T[None, :, None]

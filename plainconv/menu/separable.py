@@ -42,6 +42,7 @@ from plainconv.menu.base import (
     Bound,
     Buffer,
     Cost,
+    Made,
     Tensors,
     carve,
     moved_bytes,
@@ -298,12 +299,26 @@ on_forget(_prepare.cache_clear)
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result; it refuses kernels that are no product of lines."""
+    return _bound(request, tensors, None)
+
+
+def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
+    """The same for this kernel, which is tested and taken apart once, now."""
+    return _bound(request, tensors, _found(request, tensors.second))
+
+
+def _found(request: Request, w: Tensor) -> tuple[Tensor, ...]:
+    found = lines(w)
+    if isinstance(found, str):
+        raise AlgorithmRefused(f"algorithm='separable' refuses {request}: {found}")
+    return found
+
+
+def _bound(request: Request, tensors: Tensors, kept: tuple[Tensor, ...] | None) -> Bound:
     each = [_bind(request, number, tensors.first) for number in range(len(_passes(request)))]
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        found = lines(tensors.second)
-        if isinstance(found, str):
-            raise AlgorithmRefused(f"algorithm='separable' refuses {request}: {found}")
+        found = kept or _found(request, tensors.second)
         bias = None if tensors.bias is None else tensors.bias.contiguous()
         for run in each:
             run(tensors._replace(bias=bias), found, out, workspace)
@@ -397,4 +412,6 @@ def _cost(request: Request) -> Cost:
     return Cost(multiplies, moved, workspace, seconds)
 
 
-ALGORITHM = folding(Algorithm("separable", _why_not, _cost, _error, run, fuses=True, bind=bind, by_name=True))
+ALGORITHM = folding(
+    Algorithm("separable", _why_not, _cost, _error, run, fuses=True, bind=bind, pack=pack, by_name=True)
+)

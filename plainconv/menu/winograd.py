@@ -36,7 +36,17 @@ from plainconv.cpu.launch import launch_all
 from plainconv.cpu.transforms import Along
 from plainconv.menu import engine, winograd_weight
 from plainconv.menu.axes import Work, work
-from plainconv.menu.base import ALIGNMENT, Algorithm, Bound, Cost, Tensors, moved_bytes, summation_error
+from plainconv.menu.base import (
+    ALIGNMENT,
+    Algorithm,
+    Bound,
+    Cost,
+    Made,
+    Tensors,
+    made_once,
+    moved_bytes,
+    summation_error,
+)
 from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.fold import folding
 from plainconv.menu.winograd_weight import MOST_TAPS
@@ -65,6 +75,7 @@ WEIGHT = 9.0
 FAR_STORE = 15.0  # more, of a weight that is kept for all blocks
 TILE = 20.0  # a product's beginning and end
 BYTES_PER_SECOND = 16e9  # of memory
+READ = 27e9  # of a weight that lies there transformed
 CACHED = 60e9
 
 
@@ -165,17 +176,26 @@ def way(request: Request) -> Way:
     most = (2 if min(side.kernel for side in sides) > 1 else 4, 4, 4)
     if sum(side.kernel > 1 for side in sides) > 1:
         most = transforms.three(m if side.stride == 1 else 2 for m, side in zip(most, sides, strict=True))
-    along = tuple(
-        _along(side, _outputs(made.out, side, m, seen.turned), seen.turned)
-        for made, side, m in zip(sides_of(seen), sides, most, strict=True)
-    )
-    tile, patch = transforms.three(one.outputs for one in along), transforms.three(one.places for one in along)
-    return cut_by(request, Form(tile, patch, transforms.three(one.products for one in along), along=along))
+
+    def form(most: tuple[int, int, int]) -> Form:
+        along = tuple(
+            _along(side, _outputs(made.out, side, m, seen.turned), seen.turned)
+            for made, side, m in zip(sides_of(seen), sides, most, strict=True)
+        )
+        tile, patch = transforms.three(one.outputs for one in along), transforms.three(one.places for one in along)
+        return Form(tile, patch, transforms.three(one.products for one in along), along=along)
+
+    plain = cut_by(request, form(most))
+    if not (request.packed and plain.apart):
+        return plain
+    # A weight that is there already is larger than the one that it was made of, and has to be read.
+    whole = [cut_by(request, form(m), whole=True) for m in dict.fromkeys((most, (2, 2, 2)))]
+    return min((plain, *whole), key=lambda cut: cost(request, cut, FORTH, BACK, WEIGHT).seconds)
 
 
 @lru_cache(4096)
-def cut_by(request: Request, form: Form) -> Way:
-    """How to cut a request whose form is settled."""
+def cut_by(request: Request, form: Form, whole: bool = False) -> Way:
+    """How to cut a request whose form is settled; whole: the weight is transformed before, even for few tiles."""
     seen, target, tile = work(request), cpu.Target.host(), form.tile
     depth, high, width = sides_of(seen)
     size, threads = request.dtype.itemsize, max(request.threads, 1)
@@ -190,7 +210,7 @@ def cut_by(request: Request, form: Form) -> Way:
     out_tiles = -(-outputs // vectors)
     rows = seen.batch * tiles[0] * tiles[1]
     # With a group for each thread, a block of each stays in the thread's own cache, its patches as well.
-    few = rows * tiles[2] <= FEW_TILES and seen.groups < max(threads, 2)
+    few = not whole and rows * tiles[2] <= FEW_TILES and seen.groups < max(threads, 2)
     if few and out_tiles * seen.groups >= threads and seen.group_in:
         held = max(1, min(HELD_BYTES // (matrices * _slab(lanes, vectors) * size), slabs))
         tasks = seen.groups * out_tiles
@@ -268,7 +288,7 @@ def workspace(request: Request, cut: Way) -> tuple[int, int, int]:
     patches = room.patches * (seen.groups if cut.apart else cut.shares)
     elements = (seen.groups * room.weight_group, patches, max(request.threads, 1) * room.share)
     weight, patches, own = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
-    return weight, patches, own
+    return 0 if request.packed else weight, patches, own
 
 
 def block_bytes(request: Request, cut: Way) -> int:
@@ -501,14 +521,17 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     each = max(cut.rows * cut.cols, 1)
     cycles = seen.groups * out_tiles * (tiles // each * products(each) + products(tiles % each))
     cycles += seen.groups * tiles * (forth * in_vectors * cut.parts + back * outputs)
-    far = 0.0 if cut.apart or weight <= FAR_BYTES else FAR_STORE
-    cycles += seen.groups * outputs * terms * (weigh + far)
+    if cut.apart or not request.packed:
+        far = 0.0 if cut.apart or weight <= FAR_BYTES else FAR_STORE
+        cycles += seen.groups * outputs * terms * (weigh + far)
     register = cut.lanes * size * 8
     cycles *= matrices * engine.vector_cycles(register, target)
     busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
     moved = moved_bytes(request)
     computed = cycles * busy / CYCLES_PER_SECOND + moved / CACHED
     memory = moved / BYTES_PER_SECOND if moved >= 16 << 20 else 0.0
+    if request.packed and not cut.apart:
+        memory = max(memory, seen.groups * weight / READ)  # no cache keeps it until the next call
     seconds = max(computed, memory) + engine.launches_s(cut.shares)
     multiplies = seen.groups * tiles * matrices * terms * seen.group_out
     return Cost(multiplies, moved, sum(workspace(request, cut)), seconds)
@@ -521,21 +544,35 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     return bind_cut(request, way(request), tensors)
 
 
-def bind_cut(request: Request, cut: Way, tensors: Tensors) -> Bound:
+def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
+    """The same for a weight that stays: it is transformed once, unless that is done piece by piece in the product."""
+    return bind_cut(request, way(request), tensors, made)
+
+
+def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = None) -> Bound:
     """The same, for a request that is cut already."""
     ready, threads = prepare(request, cut, tensors.first.stride()), request.threads
     weight_bytes, patches_bytes, _ = workspace(request, cut)
+    done, kept = 0, None
+    if made is not None and not cut.apart:
+        done, transform, w = 1, ready.steps[0], tensors.second.contiguous()
+
+        def fill(room: Tensor) -> None:
+            given = (0, w.data_ptr(), room.data_ptr(), 0, 0, 0, 0, 0, transform.settled.data_ptr())
+            launch_all([(transform.kernel, given, transform.shares, False)], threads)
+
+        size = _room(request, cut).weight_group * work(request).groups * request.dtype.itemsize
+        kept = made_once(made, (transform.kernel, size), size, fill)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
         w, bias = w.contiguous(), None if bias is None else bias.contiguous()
-        weight = workspace.data_ptr()
-        patches = weight + weight_bytes
+        patches = workspace.data_ptr() + weight_bytes
         scratch = patches + patches_bytes
         given = (
             x.data_ptr(),
             w.data_ptr(),
-            weight,
+            (workspace if kept is None else kept).data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(),
             out.data_ptr(),
@@ -544,7 +581,7 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors) -> Bound:
         )
         jobs = [
             (step.kernel, (*given, step.settled.data_ptr()), step.shares, number > 0)
-            for number, step in enumerate(ready.steps)
+            for number, step in enumerate(ready.steps[done:])
         ]
         launch_all(jobs, threads)
 
@@ -556,4 +593,4 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
     bind(request, tensors)(tensors, out, workspace)
 
 
-ALGORITHM = folding(Algorithm("winograd", _why_not, _cost, _error, run, fuses=True, bind=bind))
+ALGORITHM = folding(Algorithm("winograd", _why_not, _cost, _error, run, fuses=True, bind=bind, pack=pack))
