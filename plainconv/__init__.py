@@ -19,6 +19,7 @@ from plainconv.functional import (
 from plainconv.inference import prepack
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import algorithms, tune, tuning
+from plainconv.profiling import profile
 from plainconv.replace import swap, unswap
 from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
 from plainconv.version import __version__
@@ -39,6 +40,7 @@ __all__ = [
     "get_max_workspace",
     "nn",
     "prepack",
+    "profile",
     "set_allow_builtin",
     "set_max_workspace",
     "swap",

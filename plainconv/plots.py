@@ -1,4 +1,4 @@
-"""Figures, drawn from records, as PNG. The only page that imports matplotlib."""
+"""Figures, drawn from records, as PNG or for the caller to keep. The only page that imports matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -126,6 +126,32 @@ def bars(suites: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> bytes
         axes.tick_params(axis="x", labelsize=7)
     figure.axes[0].set_title(title, loc="left", fontsize=8)
     return _png(figure)
+
+
+def convolutions(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Two bars for each layer of a model: the time of its convolution by torch, and by plainconv.
+
+    Args:
+        rows: each with name, and seconds by "torch" (None: it has none) and by "plainconv"; in the order to draw, from
+            the top.
+        title: above.
+    """
+    figure = Figure(figsize=(9.6, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for side, shift in (("torch", -0.19), ("plainconv", 0.19)):
+        drawn = [(place + shift, row[side]) for place, row in enumerate(rows) if row[side] is not None]
+        places, seconds = [place for place, _ in drawn], [second for _, second in drawn]
+        axes.barh(places, seconds, height=0.36, color=_colour(side), label=side)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(title, loc="left")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s) if s else "0"))
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    if rows:
+        axes.legend(frameon=False, loc="lower right")
+    return figure
 
 
 def _columns(

@@ -92,7 +92,7 @@ def swap(
         ValueError: no such algorithm.
     """
     check_algorithm(algorithm)
-    _check_model("swap", model)
+    check_model("swap", model)
     included, excluded = _listed(include), _listed(exclude)
     kinds, kept = {}, {}
     for name, layer in _convolutions(model):
@@ -123,7 +123,7 @@ def unswap(model: nn.Module) -> Report:
     Returns what changed, and which convolution layers did not.
     Raises RuntimeError and TypeError as swap does.
     """
-    _check_model("unswap", model)
+    check_model("unswap", model)
     changed, kept = {}, {}
     for name, layer in _convolutions(model):
         if not isinstance(layer, _Swapped):
@@ -208,7 +208,8 @@ def _picks(pick: Pick, name: str, layer: nn.Module) -> bool:
     return isinstance(layer, pick) if isinstance(pick, type) else bool(pick(name, layer))
 
 
-def _check_model(function: str, model: nn.Module) -> None:
+def check_model(function: str, model: nn.Module) -> None:
+    """Raise TypeError, or RuntimeError if a model is wrapped or compiled, which plainconv.`function` comes before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():

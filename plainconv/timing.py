@@ -19,6 +19,7 @@ import torch
 
 from plainconv.version import __version__
 
+HEAP = (32 << 20) - (64 << 10)  # bytes; of 32 MiB and more the C library always gives memory back to the system
 PACKAGES = ("numpy", "pillow", "scikit-learn", "matplotlib")
 
 
@@ -73,6 +74,14 @@ def in_turn(
                 spent.append(perf_counter() - start)
             seen[name] += spent[1:] or spent
     return {name: _timing(spent) for name, spent in seen.items()}
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed later, as it does once so much was freed.
+
+    Else torch's results would be fresh pages in some processes, and not in others.
+    """
+    torch.empty(HEAP, dtype=torch.uint8)
 
 
 def machine() -> dict[str, str | int]:

@@ -49,6 +49,7 @@ FLOORS = {
     "bench": 10,
     "plots": 10,
     "compare": 11,
+    "profiling": 11,
     "report": 11,
     "cli": 12,
     "__main__": 13,
@@ -98,7 +99,7 @@ def test_the_core_is_reached_by_the_package():
             reached.add(module)
             todo += imports(MODULES[module])
     assert {f"plainconv.{name}" for name in ("problem", "border", "menu", "plan", "ops", "functional", "nn")} <= reached
-    outside = ("cli", "picture", "train", "plots", "compare", "report", "files")
+    outside = ("cli", "picture", "train", "compare", "report", "files")  # plots: by profile(...).plot() alone
     assert not {f"plainconv.{name}" for name in outside} & reached
 
 
@@ -134,6 +135,7 @@ def test_public_names():
         "get_max_workspace",
         "nn",
         "prepack",
+        "profile",
         "set_allow_builtin",
         "set_max_workspace",
         "swap",
@@ -236,7 +238,7 @@ TORCHS = {
     "thnn_conv2d",
     "slow_conv3d",
 }
-MEASURE_TORCH = ("plainconv.compare", "plainconv.bench.calls")  # on purpose
+MEASURE_TORCH = ("plainconv.compare", "plainconv.profiling", "plainconv.bench.calls")  # on purpose
 BUILTIN = "plainconv.menu.builtin"  # where it is allowed
 
 

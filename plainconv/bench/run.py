@@ -28,7 +28,7 @@ from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
 from plainconv.plan import Explanation
 from plainconv.remember import forget
-from plainconv.timing import Timing, in_turn
+from plainconv.timing import Timing, in_turn, keep_freed_memory
 
 SLOW = 3.0  # times its other format: so slow that it does not matter how slow
 TRIED, TRIED_S = 5, 0.2  # calls, and seconds, until it is known which format is slow
@@ -36,7 +36,6 @@ TURN_S = 2e-3  # how long a side goes on before it is the other's turn
 AFTER_S = 0.03  # how long the machine's arithmetic is measured after each layer
 SHORT_S = 25e-6  # a call that torch finishes in less is held to another threshold, and marked
 OTHERS_CLAIM = 1000.0  # units of eps that another library's result may be off: it may transform and sum as it likes
-HEAP = (32 << 20) - (64 << 10)  # bytes; of 32 MiB and more the C library always gives memory back to the system
 FAR = 10.0  # an algorithm whose estimate is so many times the best's is not measured for the regret
 
 
@@ -221,8 +220,7 @@ def measure(layer: Layer, setting: Setting) -> Row:
     """Measure one layer; it takes a few times setting.seconds."""
     whole, direction = layer, setting.direction
     layer = whole if setting.full else whole.cut()
-    # Once so much was freed, the C library keeps what is freed later; else torch's results would be fresh pages.
-    torch.empty(HEAP, dtype=torch.uint8)
+    keep_freed_memory()
     given = calls.tensors(layer, setting.dtype)
     laid = {layout: given.to(layout) for layout in calls.layouts(layer)}
     torchs = {layout: calls.torchs(layer, direction, tensors) for layout, tensors in laid.items()}
