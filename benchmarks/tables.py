@@ -41,6 +41,7 @@ HEAD = (
     "regret of auto",
     "worst",
 )
+PACKED = "prepacked"  # a column of what has it
 Records = dict[str, dict[str, Any]]  # suite -> its record
 
 
@@ -107,10 +108,13 @@ def conditions(records: Sequence[dict[str, Any]]) -> str:
 
 def table(records: Records) -> str:
     """A line for each suite."""
-    lines: list[Sequence[str]] = [HEAD, ["---"] * len(HEAD)]
+    totals = {suite: bench.summary(bench.rows_of(told))[0] for suite, told in records.items()}
+    packs = any(total.packed for total in totals.values())
+    head = [*HEAD[:4], *([PACKED] if packs else []), *HEAD[4:]]
+    lines: list[Sequence[str]] = [head, ["---"] * len(head)]
     for suite, told in records.items():
         rows = bench.rows_of(told)
-        (total,) = bench.summary(rows)
+        total = totals[suite]
         bound = Counter(row.bound_by for row in rows).most_common()
         regret = [f"{value:.2f}" for value in total.regret] if total.regret else ["", ""]
         lines.append(
@@ -119,6 +123,7 @@ def table(records: Records) -> str:
                 str(total.layers),
                 number(total.geomean),
                 ", ".join(number(one.asked) + " ✓" * one.good for one in verdicts(told)),
+                *([number(total.packed) if total.packed else ""] if packs else []),
                 f"{number(total.worst)} ({total.worst_layer})",
                 number(total.most),
                 f"{total.share:.0%}" if total.share else "",

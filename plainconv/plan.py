@@ -25,7 +25,7 @@ from plainconv.measure import Candidate, Record
 from plainconv.memory import LARGE, lent
 from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import DTYPES, Algorithm, AlgorithmRefused, Bound, Cost, Made, Tensors, finish, finish_seconds
-from plainconv.problem import Request
+from plainconv.problem import Direction, Request
 from plainconv.remember import forget, on_forget
 from plainconv.settings import AUTO
 from plainconv.timing import Timing, duration
@@ -124,24 +124,32 @@ class Explanation:
     """The verdict of every algorithm on one request, and which was chosen; prints as a table.
 
     notes: what is the matter with the compiled kernels and the measurements on disk, one sentence each.
+    packed: the verdicts of those that make something of the weight, if `prepack` has made it before, and
+    chosen_packed: which it would choose (by sizes; values may allow `separable`); not of gradients for a weight.
     """
 
     request: Request
     verdicts: tuple[Verdict, ...]
     chosen: str
     notes: tuple[str, ...] = ()
+    packed: tuple[Verdict, ...] = ()
+    chosen_packed: str = ""
 
     def __str__(self) -> str:
-        rows = [("algorithm", "estimate", "measured", "workspace", "")]
+        packed = {verdict.algorithm.name: duration(verdict.seconds) for verdict in self.packed if verdict.cost}
+        rows = [("algorithm", "estimate", "measured", "prepacked", "workspace", "")]
         for verdict in self.verdicts:
             name, cost = verdict.algorithm.name, verdict.cost
             if cost is None:
-                rows.append((name, "-", "-", "-", verdict.why_not or ""))
+                rows.append((name, "-", "-", "-", "-", verdict.why_not or ""))
                 continue
             measured = duration(verdict.timing.median_s) if verdict.timing else "-"
             note = "<- chosen" if name == self.chosen else ""
-            rows.append((name, duration(cost.seconds), measured, _bytes(cost.workspace), note))
-        lines = [f"{row[0]:<10}  {row[1]:>9}  {row[2]:>9}  {row[3]:>9}  {row[4]}".rstrip() for row in rows]
+            if name == self.chosen_packed != self.chosen:
+                note = "<- chosen by prepack"
+            rows.append((name, duration(cost.seconds), measured, packed.get(name, "-"), _bytes(cost.workspace), note))
+        lines = [f"{row[0]:<10}" + "".join(f"  {cell:>9}" for cell in row[1:5]) + f"  {row[5]}" for row in rows]
+        lines = [line.rstrip() for line in lines]
         return "\n".join([str(self.request), *lines, *(f"note: {note}" for note in self.notes)])
 
     __repr__ = __str__
@@ -162,6 +170,8 @@ def check_algorithm(name: str) -> None:
 def ask(request: Request) -> tuple[Verdict, ...]:
     """Every algorithm's verdict, in the order of the menu."""
     records = measure.known(request)
+    if request.packed:  # what a plain call took, a packed one does not exceed
+        records = {**measure.known(replace(request, packed=False)), **records}
     return tuple(_verdict(algorithm, request, records) for algorithm in ALGORITHMS)
 
 
@@ -188,7 +198,13 @@ def explain_request(request: Request, name: str = AUTO) -> Explanation:
     """The verdicts on a request, and which algorithm `name` leads to (none, if the one named refuses)."""
     choice = _choice(request, name)
     notes = cpu.notes() + measure.notes()
-    return Explanation(request, ask(request), choice.algorithm.name if choice.cost else "", notes)
+    told = Explanation(request, ask(request), choice.algorithm.name if choice.cost else "", notes)
+    if request.direction is Direction.GRAD_WEIGHT:
+        return told
+    stays = replace(request, packed=True)
+    packed = tuple(verdict for verdict in ask(stays) if verdict.algorithm.pack)
+    choice = _choice(stays, name)
+    return replace(told, packed=packed, chosen_packed=choice.algorithm.name if choice.cost else "")
 
 
 # -- tuning ----------------------------------------------------------------------------------------------------------

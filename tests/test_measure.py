@@ -253,9 +253,18 @@ def test_explain_shows_estimate_and_measurement_and_notes(folder):
     assert f"note: {folder / files(folder)[0].name} is damaged" in told
     recorded(SMALL, shift=1.5e-3)
     rows = {line.split()[0]: line.split() for line in str(explain_request(SMALL)).splitlines()}
-    assert rows["algorithm"] == ["algorithm", "estimate", "measured", "workspace"]
+    assert rows["algorithm"] == ["algorithm", "estimate", "measured", "prepacked", "workspace"]
     assert rows["shift"][3:5] == ["1.5", "ms"]
     assert rows["im2col"][3] == "-"
+
+
+def test_prepack_goes_by_its_own_measurements_and_else_by_those_of_plain_calls():
+    packed = dataclasses.replace(SMALL, packed=True)
+    recorded(SMALL, shift=1e-9)
+    assert plan(packed).algorithm.name == "shift"
+    recorded(packed, shift=1e-3, im2col=1e-8)
+    assert plan(packed).algorithm.name == "im2col"
+    assert plan(SMALL).algorithm.name == "shift"
 
 
 # -- the records under attack ----------------------------------------------------------------------------------------

@@ -45,14 +45,14 @@ FLOORS = {
     "replace": 9,
     "inference": 10,
     "picture": 9,
-    "train": 10,
-    "bench": 10,
-    "plots": 10,
-    "compare": 11,
-    "profiling": 11,
-    "report": 11,
-    "cli": 12,
-    "__main__": 13,
+    "train": 11,
+    "bench": 11,
+    "plots": 11,
+    "compare": 12,
+    "profiling": 12,
+    "report": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 # The command asks __main__ what to say when a library is missing; both are the same floor to everything else.
 SAME_DOOR = {("cli", "__main__")}

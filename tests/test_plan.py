@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import DTYPES, INTEGERS, AlgorithmRefused, Tensors
 from plainconv.plan import check_algorithm, explain_request, plan
 from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.timing import duration
 
 SMALL = ConvProblem.parse("n1 c2 o3 x8x8 k3x3 p1")
 directions = pytest.mark.parametrize("direction", DIRECTIONS, ids=lambda direction: direction.value)
@@ -256,7 +258,7 @@ def test_the_table_has_every_algorithm_and_one_choice(direction):
     explanation = explain_request(asked)
     head, columns, *_ = str(explanation).splitlines()
     assert head == str(asked)
-    assert columns.split() == ["algorithm", "estimate", "measured", "workspace"]
+    assert columns.split() == ["algorithm", "estimate", "measured", "prepacked", "workspace"]
     table = lines(explanation)
     assert tuple(table) == plainconv.algorithms()
     assert [name for name, line in table.items() if line.endswith("<- chosen")] == [explanation.chosen]
@@ -268,7 +270,22 @@ def test_the_table_has_the_sentence_why_not():
     table = lines(explain_request(request(SMALL, Direction.FORWARD, torch.int8, max_workspace=0)))
     assert "the Fourier transform rounds, and torch.int8 must be exact" in table["fft"]
     assert "of workspace, and 0 B are allowed" in table["shift"]
-    assert table["fft"].split()[1:4] == ["-", "-", "-"]
+    assert table["fft"].split()[1:5] == ["-", "-", "-", "-"]
+
+
+def test_the_table_tells_prepacked_from_plain():
+    asked = request(ConvProblem.parse("n4 c256 o256 x28x28 k3x3 p1"), Direction.FORWARD, torch.float32)
+    explanation = explain_request(asked)
+    packed = {verdict.algorithm.name: verdict.seconds for verdict in explanation.packed if verdict.cost}
+    plain = {verdict.algorithm.name: verdict.seconds for verdict in explanation.verdicts}
+    assert packed["winograd"] < plain["winograd"]
+    assert set(packed) == {"direct", "winograd", "fft"}
+    table = lines(explanation)
+    assert duration(packed["winograd"]) in table["winograd"]
+    assert re.search(r"ms +- +- +[\d.]+ MiB$", table["im2col"])
+    fast = plainconv.prepack(torch.zeros(256, 256, 3, 3), (4, 256, 28, 28), padding=1)
+    assert explanation.chosen_packed == fast.algorithm
+    assert explain_request(request(SMALL, Direction.GRAD_WEIGHT, torch.float32)).packed == ()
 
 
 def test_the_table_of_a_forced_algorithm():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plainconv import functional
+from plainconv import functional, inference
 from plainconv.bench.suites import Layer
 from plainconv.plan import Explanation
 from plainconv.problem import Direction
@@ -102,6 +102,23 @@ def ours(layer: Layer, direction: str, given: Tensors, algorithm: str = "auto") 
             return function(x, w, None, stride, padding, dilation, p.groups, algorithm=algorithm)
 
     return _call(convolve, direction, given)
+
+
+def prepacked(layer: Layer, given: Tensors) -> inference.Prepacked:
+    """plainconv's for inference, made for this input and weight."""
+    p, x = layer.problem, given.x
+    return inference.prepack(
+        given.w,
+        x.shape,
+        None,
+        p.stride,
+        p.padding,
+        p.dilation,
+        p.groups,
+        transposed=layer.transposed,
+        output_padding=layer.output_padding if layer.transposed else 0,
+        memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()],
+    )
 
 
 def explain(layer: Layer, direction: Direction, given: Tensors) -> Explanation:

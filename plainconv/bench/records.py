@@ -13,7 +13,7 @@ from typing import Any
 from plainconv.bench.calls import CHANNELS_LAST, CONTIGUOUS
 from plainconv.bench.check import Verdict
 from plainconv.bench.peaks import Peaks
-from plainconv.bench.run import Regret, Row, Setting
+from plainconv.bench.run import Regret, Row, Setting, best
 from plainconv.bench.suites import Layer
 from plainconv.problem import ConvProblem
 from plainconv.timing import Timing, machine
@@ -24,7 +24,15 @@ SHOWN_COPIES = (1 << 17, 1 << 20, 1 << 23, 1 << 28)  # bytes
 
 SLOWED = 0.8  # a speed of the machine that a table mentions
 
-_DERIVED = ("ratio", "right", "short", "share", "most", "flop")  # written for a reader, made again from the rest
+_DERIVED = (
+    "ratio",
+    "packed_ratio",
+    "right",
+    "short",
+    "share",
+    "most",
+    "flop",
+)  # written for a reader, made again from the rest
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Summary:
         most: the geomean if every layer ran at the machine's limit.
         share: the geomean of the layers' shares of that limit.
         regret: (geomean, worst) of auto's regret, or None.
+        packed: the geomean with prepacked weights; None if that was not measured.
     """
 
     suite: str
@@ -53,6 +62,7 @@ class Summary:
     most: float
     share: float | None
     regret: tuple[float, float] | None
+    packed: float | None
 
 
 def as_records(rows: Sequence[Row], setting: Setting) -> dict[str, Any]:
@@ -106,9 +116,11 @@ def peaks_of(records: Mapping[str, Any]) -> Peaks:
 def _row(record: dict[str, Any]) -> Row:
     layer = record["layer"]
     record["layer"] = Layer(**{**layer, "problem": ConvProblem.parse(layer["problem"])})
-    for side in ("torch", "ours"):
-        record[side] = {layout: Timing(**timing) for layout, timing in record[side].items()}
-    record["checks"] = {layout: Verdict(**check) for layout, check in record["checks"].items()}
+    for side in ("torch", "ours", "packed"):  # older records know nothing of "packed"
+        record[side] = {layout: Timing(**timing) for layout, timing in record.get(side, {}).items()}
+    for checks in ("checks", "packed_checks"):
+        record[checks] = {layout: Verdict(**check) for layout, check in record.get(checks, {}).items()}
+    record.setdefault("packed_algorithms", {})
     record["torch_check"] = Verdict(**record["torch_check"])
     record["regret"] = record["regret"] and Regret(**record["regret"])
     others = record["against"].items()
@@ -143,6 +155,7 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
         most=geomean(row.most for row in rows) or 0.0,
         share=geomean(row.share for row in rows if row.share is not None),
         regret=(geomean(regrets) or 1.0, max(regrets)) if regrets else None,
+        packed=geomean(row.packed_ratio for row in rows if row.packed_ratio is not None),
     )
 
 
@@ -162,6 +175,8 @@ HEAD = (
     "ratio",
     "nchw",
     "last",
+    "prepacked",
+    "ratio",
     "GFLOP/s",
     "limit",
     "bound by",
@@ -203,6 +218,8 @@ def sentence(total: Summary) -> str:
         f"{len(total.losses)} of {total.layers} layers lost; "
         f"at {total.share or 0:.0%} of the machine's limit, which is geomean {total.most:.2f}"
     )
+    if total.packed:
+        said += f"; prepacked geomean {total.packed:.2f}"
     if total.regret:
         said += f"; regret of auto {total.regret[0]:.2f}, worst {total.regret[1]:.2f}"
     if total.red:
@@ -216,13 +233,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     start = (name, str(row.layer.problem), f"{seconds(torch_s)} {_letter(row.torch_best)}")
     end = (seconds(row.first_call_s), size(row.scratch), size(row.torch_scratch), _error(row))
     if not row.right:
-        return (*start, "WRONG", "", "", "", "", "", row.bound_by, _algorithm(row), *end)
+        return (*start, "WRONG", "", "", "", "", "", "", "", row.bound_by, _algorithm(row), *end)
     our_s = row.ours[row.our_best].median_s
     return (
         *start,
         f"{seconds(our_s)} {_letter(row.our_best)}",
         f"{row.ratio:.2f}",
         *(f"{ratio:.2f}" if ratio else "-" for ratio in map(row.ratio_in, (CONTIGUOUS, CHANNELS_LAST))),
+        f"{seconds(row.packed[best(row.packed)].median_s)} {_letter(best(row.packed))}" if row.packed else "-",
+        f"{row.packed_ratio:.2f}" if row.packed_ratio else "-",
         f"{row.flop / our_s / 1e9:.0f}",
         f"{row.share:.0%}",
         row.bound_by,
@@ -240,7 +259,7 @@ def _letter(layout: str) -> str:
 
 
 def _error(row: Row) -> str:
-    worst = max(row.checks.values(), key=lambda check: check.units / check.allowed)
+    worst = max((*row.checks.values(), *row.packed_checks.values()), key=lambda check: check.units / check.allowed)
     return f"{worst.error:.1e} ({worst.units / worst.allowed:.2f})"
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +26,7 @@ from plainconv.bench.peaks import Peaks, measured
 from plainconv.bench.scratch import torchs_peak
 from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
+from plainconv.menu import ALGORITHMS
 from plainconv.plan import Explanation
 from plainconv.remember import forget
 from plainconv.timing import Timing, in_turn, keep_freed_memory
@@ -36,6 +37,7 @@ TURN_S = 2e-3  # how long a side goes on before it is the other's turn
 AFTER_S = 0.03  # how long the machine's arithmetic is measured after each layer
 SHORT_S = 25e-6  # a call that torch finishes in less is held to another threshold, and marked
 OTHERS_CLAIM = 1000.0  # units of eps that another library's result may be off: it may transform and sum as it likes
+BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 FAR = 10.0  # an algorithm whose estimate is so many times the best's is not measured for the regret
 
 
@@ -92,6 +94,8 @@ class Row:
         scratch, torch_scratch: memory formats' best: workspace of our plan; what torch allocated beyond its result.
         regret: see Regret; None if not asked for.
         against: name -> its timing, or why there is none; "ours" is what took turns with them.
+        packed, packed_algorithms, packed_checks: memory format -> the same of ours with a prepacked weight; empty where
+            the direction is not forward (the timings too if a result is wrong).
     """
 
     layer: Layer
@@ -111,6 +115,9 @@ class Row:
     torch_scratch: int
     regret: Regret | None
     against: dict[str, Timing | str]
+    packed: dict[str, Timing] = field(default_factory=dict)
+    packed_algorithms: dict[str, str] = field(default_factory=dict)
+    packed_checks: dict[str, Verdict] = field(default_factory=dict)
 
     def within(self, best: Peaks, then: Peaks) -> Row:
         """This row with the limit that the best peaks of the run give; `then` are those right after it."""
@@ -122,7 +129,7 @@ class Row:
 
     @property
     def right(self) -> bool:
-        return all(check.right for check in self.checks.values())
+        return all(check.right for checks in (self.checks, self.packed_checks) for check in checks.values())
 
     @property
     def torch_best(self) -> str:
@@ -144,6 +151,13 @@ class Row:
         if not self.right or layout not in self.ours:
             return None
         return self.torch[layout].median_s / self.ours[layout].median_s
+
+    @property
+    def packed_ratio(self) -> float | None:
+        """torch's time in its best format over ours with a prepacked weight in its best; None if there is none."""
+        if not self.right or not self.packed:
+            return None
+        return self.torch[self.torch_best].median_s / self.packed[best(self.packed)].median_s
 
     def ratio_to(self, library: str) -> float | None:
         """Another library's time over ours, which took turns with it; None if there is none, or if ours is wrong."""
@@ -234,10 +248,17 @@ def measure(layer: Layer, setting: Setting) -> Row:
     expected = _expected(layer, direction, given)
     checks = {layout: _judged(result, expected, told[layout]) for layout, result in results.items()}
     torch_check = _judged(torchs[calls.CONTIGUOUS](), expected, told[calls.CONTIGUOUS])
+    packed = {layout: calls.prepacked(layer, given) for layout, given in laid.items() if direction == "forward"}
+    packed_checks = {
+        layout: judge(fast(laid[layout].x), expected[0], BY_NAME[fast.algorithm].error(fast.request))
+        for layout, fast in packed.items()
+    }
     del results
 
-    right = all(check.right for check in checks.values())
-    timings = _timed({"torch": torchs, **({"ours": ours} if right else {})}, setting.seconds)
+    right = all(check.right for check in (*checks.values(), *packed_checks.values()))
+    quick = {layout: _packed_call(fast, laid[layout]) for layout, fast in packed.items()}
+    sides = {"torch": torchs, **({"ours": ours} if right else {}), **({"packed": quick} if right and quick else {})}
+    timings = _timed(sides, setting.seconds)
     at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
     others = {
         name: call_of(library, layer, laid[calls.CONTIGUOUS], direction, setting.threads)
@@ -261,8 +282,15 @@ def measure(layer: Layer, setting: Setting) -> Row:
         torch_scratch=torchs_peak(torchs[best(timings["torch"])]),
         regret=_regret(layer, setting, laid[at_best], told[at_best], expected) if setting.regret and right else None,
         against=_others(others, expected, ours[at_best], setting.seconds) if right else {},
+        packed=timings.get("packed", {}),
+        packed_algorithms={layout: fast.algorithm for layout, fast in packed.items()},
+        packed_checks=packed_checks,
     )
     return row.within(setting.peaks, setting.peaks)
+
+
+def _packed_call(fast: Callable[[torch.Tensor], torch.Tensor], given: Tensors) -> Call:
+    return lambda: (fast(given.x),)
 
 
 def _timed(sides: Mapping[str, Mapping[str, Call]], seconds: float) -> dict[str, dict[str, Timing]]:

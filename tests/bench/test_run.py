@@ -36,6 +36,9 @@ def test_every_direction(layer, direction):
     row = bench.measure(layer, setting(direction))
     assert row.right
     assert set(row.torch) == set(row.ours) == set(row.checks) == set(calls.layouts(layer))
+    packed = set(calls.layouts(layer)) if direction == "forward" else set()
+    assert set(row.packed) == set(row.packed_algorithms) == set(row.packed_checks) == packed
+    assert (row.packed_ratio is None) == (direction != "forward")
     assert row.ratio == row.torch[row.torch_best].median_s / row.ours[row.our_best].median_s
     assert all(row.ratio_in(layout) > 0 for layout in row.ours)
     assert row.first_call_s > 0
@@ -202,6 +205,33 @@ def test_records_read_back(rows):
     assert "100 GFLOP/s" in bench.heading(told)
 
 
+def test_older_records_have_no_prepacked_times(rows):
+    told = bench.as_records(rows, setting())
+    older = [{name: value for name, value in record.items() if "packed" not in name} for record in told["rows"]]
+    read = bench.rows_of(json.loads(bench.as_json({**told, "rows": older})))
+    assert [row.packed for row in read] == [{}] * len(rows)
+    assert [row.packed_ratio for row in read] == [None] * len(rows)
+    assert bench.summary(read)[0].packed is None
+    assert "prepacked geomean" not in sentence(bench.summary(read)[0])
+    assert "prepacked geomean" in sentence(bench.summary(rows)[0])
+    assert bench.table(read)
+
+
+def test_a_wrong_prepacked_result_has_no_speed(monkeypatch):
+    right = calls.prepacked
+
+    def wrong(layer, given):
+        fast = right(layer, given)
+        fast.register_forward_hook(lambda module, given, y: y + 0.01)
+        return fast
+
+    monkeypatch.setattr(calls, "prepacked", wrong)
+    row = bench.measure(PLAIN, setting())
+    assert (row.right, row.ours, row.packed, row.packed_ratio) == (False, {}, {}, None)
+    assert all(check.right for check in row.checks.values())
+    assert "WRONG" in bench.table([row])
+
+
 def test_a_suite_in_a_line(rows):
     some = [
         with_ratio(rows[0], name, ratio)
@@ -222,7 +252,7 @@ def test_a_table_has_a_line_for_each_layer(rows):
     text = bench.table([*rows, with_ratio(rows[0], "known", 4.0)])
     (line,) = (line for line in text.splitlines() if line.startswith("  known"))
     assert line.split("k3x3")[1].split()[1:][:7] == ["4s", "c", "1s", "c", "4.00", "4.00", "-"]
-    assert text.count("geomean") == 2 + text.count("limit, which is geomean")
+    assert text.count(": geomean") == 2 == text.count("limit, which is geomean") == text.count("; prepacked geomean")
     assert ("* torch finishes" in text) == any(row.short for row in rows)
     assert text.isascii()
 

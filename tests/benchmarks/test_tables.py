@@ -80,6 +80,14 @@ def test_the_page(tables, tmp_path):
     assert "200 GFLOP/s" in text
 
 
+def test_prepacked_has_a_column_where_it_was_measured(tables, tmp_path):
+    net, quick = bench.load()["seed_mnist"], {"contiguous": Timing(5e-4, 5e-4, 5e-4, 5)}
+    leave(tmp_path, "seed_mnist", [dataclasses.replace(row(net[0], 4.0), packed=quick)])
+    text = tables.page("forward", tables.read(tmp_path, "forward"))
+    assert "| suite | layers | geomean | asked | prepacked | worst |" in text
+    assert "| seed_mnist | 1 | 4.00 | 4.00 ✓ | 8.00 | 4.00 (conv1) |" in text
+
+
 def test_regret_is_told_of_all_and_of_the_suites_that_were_held_out(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(tables.fitted, "model", lambda: fitted.Model(("seed_picture",), ("seed_mnist", "a3c"), {}))
     picture, net = bench.load()["seed_picture"], bench.load()["seed_mnist"]
