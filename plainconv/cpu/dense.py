@@ -17,6 +17,9 @@ The two factors are alike, and either may be the vectors.  If the output is cont
 and `b` the weight as it lies, nothing is packed.  If it is channels_last, the output channels are: `a` is the weight,
 packed before, and `b` the strip.  Sizes, kernel, stride and dilation are arguments, so a few kernels serve all.
 
+Where gathering would take long beside few products, a row is read where it lies: only tiles that reach into the border
+read a strip, of which no more is gathered than they need.  Tiles ask ahead then for what the next block reads.
+
 Where the channels of a pixel lie side by side, nothing needs to be gathered: it is listed where each tap of each place
 begins in the input, or in a row of zeros, and the scalars of a tile are read from there.
 
@@ -62,6 +65,7 @@ SIZES = (
     "x_col",
     "ahead",  # from what a block reads to what the next one does
     "in_width",
+    "lies_to",  # as many elements of a row, or 0, may be read where they lie
     "y_image",
     "y_channel",
     "y_place",
@@ -105,6 +109,7 @@ class Shape:
               it is read where a list says that the taps of places are; "images": so, but packed
               with the images of a place side by side, which are the scalars
     stride    along the width, of "rows"
+    asks      if a row is read where it lies: how many vectors of each channel a tile asks for ahead; else 0
     one_tap   a 1x1 kernel
     apart     whether places lie apart in the result: a stride turned round, which is made phase by phase
     woven     how many phases of a row are made tile by tile, to be written as one: 2, 4 or 8, or 0
@@ -121,6 +126,7 @@ class Shape:
     over: str
     source: str
     stride: int
+    asks: int
     one_tap: bool
     apart: bool
     woven: int
@@ -134,6 +140,15 @@ class Shape:
     def steps(self) -> int:
         """Channels that one step multiplies."""
         return 2 if self.pairs else 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a block reads of a row: where its first place reads, and from which lane to which tiles find all there."""
+
+    there: Value
+    begin: Value
+    end: Value
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,7 @@ class _Dense:
             def task(i: Value, carried: list[Value]) -> Sequence[Value]:
                 block, part = (first + i) // of["parts"], (first + i) % of["parts"]
                 plane, where = block % of["planes"], block // of["planes"]
-                place = self.place(where)
+                place, row = self.place(where), None
                 image, group = plane // of["groups"], plane % of["groups"]
                 x = image * of["x_image"] + group * of["group_in"] * of["x_channel"]
                 if self.shape.source in ("list", "images"):
@@ -195,8 +210,11 @@ class _Dense:
                     e.when(e.compare("ne", where, carried[1]), lambda: self.gather.describe(scratch, *place))
                     source = e.at(of["x"], x, self.shape.stored)
                     fill = partial(self.gather.fill, scratch, source, place[0], of["group_in"])
+                    if self.shape.asks:
+                        row = self.row(x, *place)
+                        fill = partial(self.fill_ends, fill, row, place[0], place[2])
                     e.when(e.compare("ne", block, carried[0]), fill)
-                self.products(scratch, part, x, image, group, *place)
+                self.products(scratch, part, x, row, image, group, *place)
                 return [block, where]
 
             e.loop(last - first, [e.number(-1), e.number(-1)], task)
@@ -213,6 +231,39 @@ class _Dense:
         return depth, row * of["block_rows"], col * of["block_cols"]
 
     # -- reading without gathering -----------------------------------------------------------------------------------
+
+    def row(self, x: Value, depth: Value, row: Value, col: Value) -> Row:
+        """What a block reads of its row, if its strip has but one. Vectors are read as a whole, so none at the end."""
+        e, of, lanes = self.e, self.given, self.shape.lanes
+        by_depth, by_row, by_col = (e.scalar(of["slots"], i, "i64") for i in range(3))
+        d = e.scalar(of["depth_table"], depth * of["stride_depth"] + by_depth, "i64")
+        r = e.scalar(of["row_table"], row * of["stride_rows"] + by_row, "i64")
+        first = col + by_col - of["lo"]
+        begin = (e.most(e.number(0) - first, 0) + (lanes - 1)) // lanes
+        end = e.least(e.most(of["lies_to"] - self.further() - first, 0) // lanes, self.vectors_from(col))
+        end = e.select(e.compare("sge", e.least(d, r), 0), end, e.number(0))
+        there = x + d * of["x_depth"] + r * of["x_row"] + first
+        return Row(e.at(of["x"], there, self.shape.stored), begin * lanes, end * lanes)
+
+    def further(self) -> Value:
+        """How much further the last tap reads than the first."""
+        return self.given["slot_length"] - self.given["block_cols"]
+
+    def vectors_from(self, col: Value) -> Value:
+        """Vectors of places in a block that begins there."""
+        of, lanes = self.given, self.shape.lanes
+        return (self.e.least(of["block_cols"], of["out_width"] - col) + (lanes - 1)) // lanes
+
+    def fill_ends(self, fill: Callable[..., None], row: Row, depth: Value, col: Value) -> None:
+        """Gather what the tiles read that do not find all in the row; one of them may begin well within it."""
+        e, shape, zero = self.e, self.shape, self.e.number(0)
+        all_ = self.gather.reach(depth, 3) * self.gather.vectors
+        begin, end = row.begin // shape.lanes, row.end // shape.lanes
+        behind = (self.further() + (shape.lanes - 1)) // shape.lanes + (shape.vectors - 1)
+        head = e.select(begin > 0, e.least(begin + behind, all_), zero)
+        tail = e.select(end < self.vectors_from(col), e.most(end - (shape.vectors - 1), head), all_)
+        fill(part=(zero, head))
+        fill(part=(tail, all_ - tail))
 
     def find(self, scratch: Value, depth: Value, row: Value, col: Value) -> None:
         """List where each tap of each place of a block is in the input, -1 in the border: [tap, place]."""
@@ -250,6 +301,7 @@ class _Dense:
         scratch: Value,
         part: Value,
         x: Value,
+        in_row: Row | None,
         image: Value,
         group: Value,
         depth: Value,
@@ -319,7 +371,14 @@ class _Dense:
                 begin = e.at(b, i, "i64")
             elif place is not None:
                 begin, first_x = e.at(b, place, "i64"), x + i
-            acc = self.sums(e.at(a, a_at), begin, first_x, phase, channel, at, i, count, masks)
+            first_a, a_channel, asked = e.at(a, a_at), of["a_channel"], None
+            if in_row is not None:
+                lies = e.compare("sge", e.least(at - in_row.begin, in_row.end - (at + vectors * shape.lanes)), 0)
+                first_a = e.select(lies, e.at(in_row.there, at), first_a)
+                a_channel = e.select(lies, of["x_channel"], a_channel)
+                line = i // shape.scalars * shape.asks % shape.vectors
+                asked = e.at(in_row.there, of["ahead"] + at + line * shape.lanes)
+            acc = self.sums(first_a, a_channel, begin, first_x, phase, channel, at, i, count, masks, asked)
             if shape.apart and shape.over == "places":
                 left = e.least(lanes_count - at, vectors * shape.lanes)
                 self.put_apart(acc, scalars, e.at(phase.table, at, "i64"), left)
@@ -386,7 +445,8 @@ class _Dense:
                         def one(p: Value, _: list[Value]) -> Sequence[Value]:
                             phase = phase_at(number * shape.woven + p)
                             begin = e.at(b, i * of["b_scalar"], self.b_type)
-                            acc = self.sums(e.at(a, a_at), begin, x, phase, channel, at, i, count, masks)
+                            first_a = e.at(a, a_at)
+                            acc = self.sums(first_a, of["a_channel"], begin, x, phase, channel, at, i, count, masks)
                             for n, total in enumerate(acc):
                                 e.store(total, self.stack, p * size + n * shape.lanes)
                             return []
@@ -518,6 +578,7 @@ class _Dense:
     def sums(
         self,
         a: Value,
+        a_channel: Value,
         b: Value,
         x: Value,
         phase: Phase,
@@ -526,8 +587,12 @@ class _Dense:
         scalar: Value,
         scalars: int,
         masks: Sequence[Value | None],
+        asked: Value | None = None,
     ) -> list[Value]:
-        """The sums [scalars, vectors] of one tile; `masks` of its vectors. What is listed begins at x."""
+        """The sums [scalars, vectors] of one tile; `masks` of its vectors. What is listed begins at x.
+
+        a_channel: from a channel of the vectors to the next; asked: what to ask for of the first channel.
+        """
         e, of, shape = self.e, self.given, self.shape
         vectors = len(masks)
         acc = [e.zero] * (scalars * vectors)
@@ -561,11 +626,13 @@ class _Dense:
             return step(a, spaced(b), acc)
 
         def each_channel(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
-            return e.loop(
-                self.channels,
-                acc,
-                lambda c, acc: then(e.at(a, c * of["a_channel"]), e.at(b, c * of["b_channel"], self.b_type), acc),
-            )
+            def each(c: Value, acc: list[Value]) -> list[Value]:
+                if asked is not None:
+                    for vector in range(shape.asks):
+                        e.prefetch(e.at(asked, c * of["x_channel"] + vector * shape.lanes))
+                return then(e.at(a, c * a_channel), e.at(b, c * of["b_channel"], self.b_type), acc)
+
+            return e.loop(self.channels, acc, each)
 
         def each_tap(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
             def tap(t: Value, acc: list[Value]) -> list[Value]:
@@ -579,7 +646,7 @@ class _Dense:
             if shape.source == "none" and shape.over == "outputs" and scalars > 1:
                 # Nobody has touched these pixels before: the next ones are asked for, spread over the channels.
                 e.prefetch(e.at(here, of["b_scalar"] * scalars + c * (scalars - 1), self.b_type))
-            return step(e.at(a, c * of["a_channel"]), spaced(here), acc)
+            return step(e.at(a, c * a_channel), spaced(here), acc)
 
         def listed_tap(t: Value, acc: list[Value]) -> list[Value]:
             shift, at = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
@@ -589,7 +656,7 @@ class _Dense:
             places = [e.select(f < 0, of["zeros"], e.at(begin, f, shape.stored)) for f in found]
 
             def each(c: Value, acc: list[Value]) -> list[Value]:
-                return step(e.at(a, shift + c * of["a_channel"]), [e.at(p, c, self.b_type) for p in places], acc)
+                return step(e.at(a, shift + c * a_channel), [e.at(p, c, self.b_type) for p in places], acc)
 
             return e.loop(self.channels, acc, each)
 
@@ -601,7 +668,7 @@ class _Dense:
             def each(c: Value, acc: list[Value]) -> list[Value]:
                 here = e.at(begin, c * of["b_channel"], self.b_type)
                 images = [e.at(here, s, self.b_type) for s in range(scalars)]
-                return step(e.at(a, shift + c * of["a_channel"]), images, acc)
+                return step(e.at(a, shift + c * a_channel), images, acc)
 
             return e.loop(e.select(found < 0, e.number(0), self.channels), acc, each)
 

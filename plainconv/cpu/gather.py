@@ -91,12 +91,23 @@ class Gather:
         """One of the numbers that `reach` has of a depth."""
         return self.e.scalar(self.given["reach"], depth * REACH + place, "i64")
 
-    def fill(self, scratch: Value, x: Value, depth: Value, channels: Value, at: Value | int = 0) -> None:
-        """Fill the strip `at` a place of the scratch memory with so many channels (or pixels of them), as listed."""
+    def fill(
+        self,
+        scratch: Value,
+        x: Value,
+        depth: Value,
+        channels: Value,
+        at: Value | int = 0,
+        part: tuple[Value, Value] | None = None,
+    ) -> None:
+        """Fill the strip `at` a place of the scratch memory with so many channels (or pixels of them), as listed.
+
+        part: of the copies that fill a channel, the first one and how many, if not all.
+        """
         e, of = self.e, self.given
-        size = self.fields
-        entries = e.at(e.at(scratch, of["entries"]), self.reach(depth, 2) * self.vectors * size, "i64")
-        count, strip = self.reach(depth, 3) * self.vectors, e.at(scratch, at)
+        size, strip = self.fields, e.at(scratch, at)
+        first, count = part or (e.number(0), self.reach(depth, 3) * self.vectors)
+        entries = e.at(e.at(scratch, of["entries"]), (self.reach(depth, 2) * self.vectors + first) * size, "i64")
         if self.source == "pixels":
             held = (channels + (self.steps - 1)) // self.steps
             e.loop(count, [], lambda i, _: self.copy_pixel(e.at(entries, i * size, "i64"), x, strip, held))

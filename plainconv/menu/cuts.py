@@ -27,6 +27,8 @@ from plainconv.menu.engine import STORED, padded
 STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
 MOST_STRIP_BYTES = 16 << 20
 MOST_IMAGES_BYTES = 64 << 20
+FEW_PRODUCTS = 128  # of a number that is read: with more, gathering takes hardly any time
+FEW_CHANNELS = 32
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
@@ -107,6 +109,17 @@ def strip_of(axes: Axes, rows: int, cols: int, whole: bool) -> Strip:
     length = cols + width.reach // width.stride
     shifts = [keys[z, y, x % width.stride] * length + x // width.stride for z, y, x in taps]
     return Strip(tuple((*key, 1) for key in keys), 1, length, tuple(shifts))
+
+
+def in_place(work: Work) -> bool:
+    """Whether a row is better read where it lies than gathered, if neighbours along the width lie side by side.
+
+    Gathering is a large part of few products; many channels, though, lie in more pages than a core has addresses of.
+    """
+    is_, width = kind(work), work.axes()[2]
+    plain = is_.places and STORED[work.request.dtype] == is_.element and width.stride == 1 and not apart(work.axes())
+    few = work.group_in <= FEW_CHANNELS and work.group_out * work.taps <= FEW_PRODUCTS
+    return plain and few and work.kernel[-1] == work.taps > 1
 
 
 def list_of(axes: Axes, rows: int, cols: int) -> Strip:
@@ -254,10 +267,11 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             strip_bytes = read * work.in_channels * request.dtype.itemsize
         else:
             strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
+        lies = reads is Reads.STRIP and strip.slots == 1 and in_place(work)
         planes = work.batch * work.groups
         blocks = planes * depth.made * -(-high.out // rows) * -(-width.out // cols)
         entries = strip.slots * (-(-strip.length // lanes) if is_.places else strip.length)
-        if reads is not Reads.STRIP:
+        if reads is not Reads.STRIP or lies:
             copies = 0.0
         elif is_.places:
             copies = is_.channels * entries * COPY * min(width.stride, 8)
@@ -279,7 +293,8 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             if apart(axes) and is_.places:
                 each = WEAVE if woven(axes) else SCATTER * lanes
                 cycles += each * scalars * vectors * len(all_phases)
-            cycles *= FAR if strip_bytes > STRIP_BYTES else 1.0
+            # Beside what lies in memory, the cache has what is asked for ahead.
+            cycles *= FAR if strip_bytes * (1 + lies) > STRIP_BYTES else 1.0
             if listed and strip_bytes > STRIP_BYTES:
                 cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
             # The weight arrives while the first of a block's tiles along the other factor is at work.

@@ -27,6 +27,9 @@ from plainconv.menu.engine import STORED, folded, padded
 from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
+WAY_BYTES = 128 << 10  # memory so far apart meets in the same place of a core's own cache, ...
+MEETING = 4  # ... half of which may be channels that are read where they lie
+
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
 
@@ -64,6 +67,21 @@ def _source(work: Work, x: Places) -> tuple[str, Layout]:
     _, _, width = work.axes(x.merge)
     bordered = work.mode != "zeros" and max(width.padding) > 0
     return "rows" if x.col == 1 and width.stride <= gather.PICKED_STRIDE and not bordered else "table", way
+
+
+def _asks(work: Work, way: Layout, source: str) -> int:
+    """How many vectors of a channel a tile asks for ahead, if rows are read where they lie, else 0 (`dense.Shape`)."""
+    if source != "rows" or not cuts.in_place(work):
+        return 0
+    return 1 if -(-work.group_out // way.tile.scalars) >= way.tile.vectors else way.tile.vectors
+
+
+def _lies_to(work: Work, x: Places, way: Layout) -> int:
+    """How much of a row may be read where it lies."""
+    # Of channels that are a power of two apart, many meet in the same few places of a core's own cache.
+    meeting = work.group_in * math.gcd(x.channel * cuts.kind(work).size, WAY_BYTES)
+    width = work.axes(x.merge)[2]
+    return width.size if way.strip.slots == 1 and meeting <= MEETING * WAY_BYTES else 0
 
 
 class Packing(NamedTuple):
@@ -187,6 +205,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         over="places" if is_.places else "outputs",
         source=source,
         stride=width.stride if source == "rows" else 1,
+        asks=_asks(work, way, source),
         one_tap=len(strip.taps) == work.taps == 1 and not apart and depth.step == 1,  # phases may have none
         apart=apart,
         woven=cuts.woven(axes) if is_.places else 0,
@@ -257,6 +276,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         "x_col": x.col,
         "ahead": _ahead(work, x, x_strides[0], way, (high, width)),
         "in_width": width.size,
+        "lies_to": _lies_to(work, x, way),
         "y_image": work.out_channels * made,
         "y_channel": made if is_.places else 1,
         "y_place": y_place,

@@ -42,6 +42,11 @@ WAYS = {
     "replicate, stride": "n1 c4 o6 x6x130 k3x5 s1x2 p2x40 mreplicate",
     "1-D": "n2 c4 o8 x333 k31 p15 g2",
     "1-D, dilation": "n1 c6 o33 x400 k3 d16 p16",
+    "1-D, blocks": "n2 c3 o20 x9001 k3 p1",
+    "1-D, many channels": "n2 c40 o8 x150 k2",
+    "1-D, short": "n3 c5 o9 x20 k4 p3",
+    "1-D, reach": "n2 c2 o5 x90 k3 d40 p7",
+    "1-D, channels that meet": "n1 c5 o7 x32768 k2",
     "cropped": "n1 c3 o20 x9x90 k3x3 p-2:1x-3:-4",
     "3-D": "n1 c4 o12 x4x7x35 k3x3x3 s2x1x1 p1 g2",
     "pointwise": "n2 c6 o71 x9x13 k1x1",
@@ -144,6 +149,7 @@ TURNED = {
     "cropped": "n1 c5 o4 x23x31 k3x4 s2x3 p-2:1x-3:-4",
     "3-D": "n1 c10 o4 x7x9x12 k3x3x4 s2x3x2 p1 g2",
     "3-D, depth alone": "n1 c10 o4 x7x9x12 k3x3x1 s3x1x1 p1x1x0",
+    "1-D, one phase": "n2 c20 o6 x777 k3 p1",
     "a single pixel": "n3 c20 o5 x4x4 k4x4",
     "a single pixel, padded": "n2 c5 o5 x2x2 k3x3 s2 p1",
     "nothing reaches it": "n1 c3 o2 x1x1 k1x1 p5:-1x5:-1",
@@ -385,6 +391,31 @@ def test_the_weight_of_a_small_map_is_not_packed():
     assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
 
 
+@pytest.mark.parametrize(
+    ("text", "direction", "least", "most"),
+    [
+        ("n1 c8 o32 x1001 k2", Direction.FORWARD, 0, 0.2),
+        ("n1 c8 o32 x1001 k3 p1", Direction.FORWARD, 0, 0.3),
+        ("n1 c32 o8 x1001 k2", Direction.GRAD_INPUT, 0, 0.3),
+        ("n1 c5 o32 x32768 k2", Direction.FORWARD, 0.9, 1.1),  # a power of two apart
+        ("n1 c33 o32 x1001 k2", Direction.FORWARD, 0.9, 1.1),
+        ("n1 c8 o129 x1001 k2", Direction.FORWARD, 0.9, 1.1),
+    ],
+)
+def test_a_row_is_read_where_it_lies(text, direction, least, most):
+    """Where products are few, no more of it is gathered than what meets the border."""
+    asked = asked_for(text, direction=direction)
+    seen = axes.work(asked)
+    tensors = given(asked, reals)
+    workspace = torch.full((direct.ALGORITHM.cost(asked).workspace,), 0xFF, dtype=torch.uint8)
+    direct.ALGORITHM.run(asked, tensors, torch.empty(asked.problem.shape_of(direction.makes)), workspace)
+    one, is_ = cuts.natural(seen), cuts.kind(seen)
+    strip, _ = dense._share(is_, one, "rows", *cuts.pitches(one.strip, one.lanes, is_.size, is_.channels))
+    gathered = workspace[:strip].view(torch.float32).isnan().logical_not().sum().item()
+    share = gathered / (seen.group_in * one.strip.length)
+    assert least <= share <= most
+
+
 def test_a_workspace_is_kept_small_on_request():
     asked = asked_for("n1 c256 o16 x64x64 k3x3 p1")
     few = dataclasses.replace(asked, max_workspace=direct.ALGORITHM.cost(asked).workspace // 2)
@@ -410,7 +441,7 @@ def test_taps_wholly_in_the_padding_are_skipped(channels_last):
 def test_tile_counts_of_the_kernel():
     """Of all that a shape can say, only what the tile and the types are makes a new text."""
     shape = kernel.Shape(
-        "float", "float", frozenset(), False, 16, "places", "rows", 1, False, False, 0, False, False, None, 8, 3
+        "float", "float", frozenset(), False, 16, "places", "rows", 1, 0, False, False, 0, False, False, None, 8, 3
     )
     assert kernel.text(shape) is kernel.text(dataclasses.replace(shape))
 
