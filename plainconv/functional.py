@@ -13,16 +13,23 @@ algorithm      "auto", or one of plainconv.algorithms().
 max_workspace  bytes of scratch memory that the algorithm may use; None: what plainconv.set_max_workspace says, 1 GiB at
                first.
 allow_builtin  whether torch's own convolution may be chosen; None: what plainconv.set_allow_builtin says, at first no.
+activation     None, "relu", "relu6", "leaky_relu" (slope 0.01), "hardswish", "sigmoid", "silu" or "gelu" (with erf).
+residual       a tensor of the result's shape, type and device.  What is made is
+               activation(convolution + bias + residual),  both where the kernel stores its sums; if a gradient is asked
+               for, or anything else watches (torch.compile, vmap, ...), by torch's own addition and activation behind
+               the convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from marshal import dumps
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
@@ -30,7 +37,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from plainconv import onnx, ops, settings
 from plainconv.arguments import Spec, Spelled, settle
 from plainconv.plan import Explanation, check_algorithm, explain_request
-from plainconv.problem import Direction, Geometry
+from plainconv.problem import Direction, Geometry, check_activation
 from plainconv.remember import on_forget
 from plainconv.settings import AUTO, resolve
 
@@ -54,6 +61,8 @@ def conv1d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 1-D convolution; a drop-in for torch.nn.functional.conv1d.
 
@@ -61,7 +70,7 @@ def conv1d(
     Everything else is as in conv2d.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
-    return _call(conv1d, 1, input, weight, bias, options)
+    return _call(conv1d, 1, input, weight, bias, options, activation, residual)
 
 
 def conv2d(
@@ -77,12 +86,14 @@ def conv2d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 2-D convolution over an input of several channels; a drop-in for torch.nn.functional.conv2d.
 
     input: [n, c, h, w], or [c, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [o] or None.
-    stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm, max_workspace, allow_builtin:
-    see plainconv.functional.
+    stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm, max_workspace, allow_builtin,
+    activation, residual: see plainconv.functional.
 
     Returns [n, o, out_h, out_w] of the input's type, with out = (size + lo + hi - dilation*(k-1) - 1) // stride + 1;
     channels_last if the input or the weight is.  Differentiable in input, weight and bias, to any order.
@@ -90,7 +101,7 @@ def conv2d(
     algorithm; AlgorithmRefused if the algorithm named cannot serve the call.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
-    return _call(conv2d, 2, input, weight, bias, options)
+    return _call(conv2d, 2, input, weight, bias, options, activation, residual)
 
 
 def conv3d(
@@ -106,6 +117,8 @@ def conv3d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 3-D convolution; a drop-in for torch.nn.functional.conv3d.
 
@@ -113,7 +126,7 @@ def conv3d(
     Everything else is as in conv2d.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
-    return _call(conv3d, 3, input, weight, bias, options)
+    return _call(conv3d, 3, input, weight, bias, options, activation, residual)
 
 
 def conv_transpose1d(
@@ -130,6 +143,8 @@ def conv_transpose1d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 1-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose1d.
 
@@ -137,7 +152,7 @@ def conv_transpose1d(
     Everything else is as in conv_transpose2d.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
-    return _call(conv_transpose1d, 1, input, weight, bias, options)
+    return _call(conv_transpose1d, 1, input, weight, bias, options, activation, residual)
 
 
 def conv_transpose2d(
@@ -154,13 +169,15 @@ def conv_transpose2d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 2-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose2d.
 
     It is the gradient of a convolution with respect to its input, with the very weight of that convolution.
     input: [n, o, h, w], or [o, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [c] or None.
     stride, dilation, output_padding: int, or one for each dimension.  padding, padding_mode, algorithm,
-    max_workspace, allow_builtin: see plainconv.functional.
+    max_workspace, allow_builtin, activation, residual: see plainconv.functional.
 
     Returns [n, c, out_h, out_w] of the input's type, with
     out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1;
@@ -168,7 +185,7 @@ def conv_transpose2d(
     Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
-    return _call(conv_transpose2d, 2, input, weight, bias, options)
+    return _call(conv_transpose2d, 2, input, weight, bias, options, activation, residual)
 
 
 def conv_transpose3d(
@@ -185,6 +202,8 @@ def conv_transpose3d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A 3-D transposed convolution; a drop-in for torch.nn.functional.conv_transpose3d.
 
@@ -192,7 +211,7 @@ def conv_transpose3d(
     Everything else is as in conv_transpose2d.
     """
     options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
-    return _call(conv_transpose3d, 3, input, weight, bias, options)
+    return _call(conv_transpose3d, 3, input, weight, bias, options, activation, residual)
 
 
 def explain(
@@ -208,6 +227,8 @@ def explain(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     output_padding: Spec = 0,
     transposed: bool = False,
     direction: str = "forward",
@@ -215,10 +236,12 @@ def explain(
     """What every algorithm says of a call, and which one would serve it; the answer prints as a table.
 
     The arguments are those of conv1d to conv3d, the dimensions are the weight's; transposed=True asks about
-    conv_transpose instead.  direction: "forward", or "grad_input" or "grad_weight" for the call's gradients.
+    conv_transpose instead.  direction: "forward", or "grad_input" or "grad_weight" for the call's gradients, in which
+    nothing is fused.
     Computes nothing.  Raises what the call itself would raise, but for AlgorithmRefused.
     """
-    _check_kinds("explain", input, weight, bias)
+    _check_kinds("explain", input, weight, bias, residual)
+    check_activation(activation, input.dtype)
     if weight.dim() not in (3, 4, 5):
         raise RuntimeError(f"expected weight to have 3, 4 or 5 dimensions, but got size {list(weight.shape)}")
     if output_padding != 0 and not transposed:
@@ -236,7 +259,10 @@ def explain(
     if transposed:  # the mirrored convolution has input and output exchanged
         mirror = {Direction.FORWARD: Direction.GRAD_INPUT, Direction.GRAD_INPUT: Direction.FORWARD}
         asked = mirror.get(asked, asked)
-    return explain_request(ops.request(make, first, weight, bias, asked), algorithm)
+    request = ops.request(make, first, weight, bias, asked)
+    if asked is make.direction:
+        request = replace(request, activation=activation, has_residual=residual is not None)
+    return explain_request(request, algorithm)
 
 
 # -- the door --------------------------------------------------------------------------------------------------------
@@ -263,12 +289,14 @@ def _call(
     weight: Tensor,
     bias: Tensor | None,
     options: tuple[Any, ...],
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """All six functions; `options` are those of Options."""
+    if activation is not None or residual is not None:
+        return _finished(function, dims, input, weight, bias, options, activation, residual)
     if has_torch_function((input, weight, bias)):
-        spelled = Options(*options)._asdict()
-        if "transpose" not in function.__name__:
-            del spelled["output_padding"]
+        spelled = _spelled(function, options)
         return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
     if not torch.compiler.is_compiling():
         key = _key(function, input, weight, bias, options)
@@ -295,7 +323,14 @@ def _call(
     return result if batched else result.squeeze(0)
 
 
-_Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+def _spelled(function: Callable[..., Tensor], options: tuple[Any, ...]) -> dict[str, Any]:
+    spelled = Options(*options)._asdict()
+    if "transpose" not in function.__name__:
+        del spelled["output_padding"]
+    return spelled
+
+
+_Run = Callable[..., Tensor]
 _Fits = Callable[..., bool]
 # Of calls that are alike in what the key says: what tells them apart, the plain call, and the one with gradients.
 _READY: dict[Any, tuple[tuple[_Fits, _Run, _Run], ...]] = {}
@@ -326,6 +361,96 @@ def _key(
 
 def _unbatched(run: _Run) -> _Run:
     return lambda input, weight, bias: run(input.unsqueeze(0), weight, bias).squeeze(0)
+
+
+# -- what comes behind -----------------------------------------------------------------------------------------------
+
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def finished(result: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """activation(result + residual), by torch."""
+    if residual is not None:
+        result = result + residual
+    return result if activation is None else _ACTIVATION[activation](result)
+
+
+def _finished(
+    function: Callable[..., Tensor],
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """activation(convolution + bias + residual), as one call if nothing watches."""
+    if has_torch_function((input, weight, bias, residual)):
+        spelled = {**_spelled(function, options), "activation": activation, "residual": residual}
+        return handle_torch_function(function, (input, weight, bias, residual), input, weight, bias, **spelled)
+    if not torch.compiler.is_compiling():
+        own = residual is not None and residual is not input
+        given = tuple(tensor for tensor in (input, weight, bias, residual if own else None) if tensor is not None)
+        key = None if own and (residual is weight or residual is bias) else _key(function, input, weight, bias, options)
+        key = (
+            None if key is None or not isinstance(activation, str | None) else (key, activation, residual is None, own)
+        )
+        for fits, run, recorded in _READY.get(key, ()):
+            if fits(*given) and forward_ad._current_level < 0:
+                way = recorded if torch.is_grad_enabled() else run
+                return way(input, weight, bias, residual)
+    _check_kinds(function.__name__, input, weight, bias, residual)
+    check_activation(activation, input.dtype)
+    if residual is not None and (residual.dtype != input.dtype or residual.device != input.device):
+        raise RuntimeError(f"Input type ({input.type()}) and residual type ({residual.type()}) should be the same")
+
+    def apart(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        result = _call(function, dims, input, weight, bias, options)
+        if residual is not None:
+            _check_residual(result.shape, residual)
+            residual = residual.to(result.dtype)  # that of autocast
+        return finished(result, activation, residual)
+
+    if torch.compiler.is_compiling() or any(
+        ops.watching(tensor, weight, bias) is not ops.Watch.NOTHING
+        for tensor in (input, residual)
+        if tensor is not None
+    ):
+        return apart(input, weight, bias, residual)
+    first, make, batched = settled(function.__name__, dims, input, weight, bias, Options(*options))
+    if residual is not None:
+        _check_residual(make.shape if batched else make.shape[1:], residual)
+    behind = residual if batched or residual is None else residual.unsqueeze(0)
+    call = ops.remembered(first, weight, bias, make, activation=activation, residual=behind).run
+
+    def unbatched(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        behind = None if residual is None else residual.unsqueeze(0)
+        return call(input.unsqueeze(0), weight, bias, behind).squeeze(0)
+
+    together = call if batched else unbatched
+    if key is not None:
+        asks = any(tensor.requires_grad for tensor in given)
+        ops.remember(_READY, key, (ops.guard(*given), together, apart if asks else together))
+    return together(input, weight, bias, residual)
+
+
+def _check_residual(shape: Sequence[int], residual: Tensor) -> None:
+    if tuple(residual.shape) != tuple(shape):
+        raise RuntimeError(
+            f"expected residual to have the shape of the result, {list(shape)}, but got {list(residual.shape)}"
+        )
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -377,9 +502,9 @@ def settled(
     return input, ops.Make(direction, shape, geometry, channels_last, chosen), rank == dims + 2
 
 
-def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for argument, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if value is None and argument == "bias":
+def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> None:
+    for argument, value in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is None and argument in ("bias", "residual"):
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}")

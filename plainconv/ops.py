@@ -33,7 +33,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from plainconv.memory import LARGE, lent
-from plainconv.menu.base import Made, Tensors, sum_for_bias
+from plainconv.menu.base import Made, Tensors, finish, sum_for_bias
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Geometry, Request
 from plainconv.remember import on_forget
@@ -41,7 +41,7 @@ from plainconv.settings import Settings
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _Kept = TypeVar("_Kept")
-_Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_Run = Callable[..., Tensor]  # of the first, the second, the bias or None, and a residual, if there is one
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -185,7 +185,7 @@ class Call:
 
     __slots__ = ("_derivatives", "make", "run")
 
-    def __init__(self, make: Make, run: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+    def __init__(self, make: Make, run: _Run) -> None:
         self.make, self.run = make, run
         self._derivatives: dict[str, Make] = {}
 
@@ -265,28 +265,49 @@ class _Backward(NamedTuple):
         return of_first, of_second, bias
 
 
-def remembered(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Call:
-    """Sizes become a problem, the problem a plan, and that a call: once for tensors that lie alike."""
-    lies = None if bias is None else bias.stride()
-    sizes = (make, first.shape, first.stride(), second.shape, second.stride(), lies)
+def remembered(
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    make: Make,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Call:
+    """Sizes become a problem, the problem a plan, and that a call: once for tensors that lie alike.
+
+    activation, residual: what is fused behind the convolution, of the result's shape; such a call has no gradients.
+    """
+    lies = None if bias is None else bias.stride(), None if residual is None else residual.stride()
+    sizes = (make, first.shape, first.stride(), second.shape, second.stride(), lies, activation)
     key = (*sizes, first.dtype, first.device, torch.get_num_threads())
     call = _READY.get(key)
     if call is None:
-        call = ready(first, second, bias, make)
+        call = ready(first, second, bias, make, activation=activation, residual=residual)
         if len(_READY) >= MOST_READY:
             _READY.clear()
         _READY[key] = call
     return call
 
 
-def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make, made: Made | None = None) -> Call:
+def ready(
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    make: Make,
+    made: Made | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Call:
     """The call for tensors of these sizes, strides and types.
 
     made: the second is a weight whose values stay, and this is what was made of it before.
+    activation, residual: see `remembered`.
     """
     asked = request(make, first, second, bias, make.direction)
-    if made is not None:
-        asked = replace(asked, packed=True)
+    if made is not None or activation is not None or residual is not None:
+        asked = replace(asked, packed=made is not None, activation=activation, has_residual=residual is not None)
     chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
     shape, strides, dtype, device = tuple(empty.shape), empty.stride(), first.dtype, first.device
@@ -295,21 +316,21 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make, made: 
     large = on_cpu and empty.nbytes >= LARGE
     if 0 in (*shape, *first.shape, *second.shape):
 
-        def of_nothing(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
-            """The sum of no products, and the bias."""
+        def of_nothing(first: Tensor, second: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+            """The sum of no products, the bias, and what comes behind."""
             out = torch.empty_strided(*how, dtype=dtype, device=device).zero_()
-            if bias is not None and asked.makes_bias:
-                sum_for_bias(second, bias)
-            elif bias is not None:
+            if bias is not None and not asked.makes_bias:
                 out += bias.view(-1, *(1,) * (out.dim() - 2))
+            finish(asked, Tensors(first, second, bias, residual), out)
             return out
 
         return Call(make, of_nothing)
     regular = 0 not in first.stride() and 0 not in second.stride()
-    like = Tensors(_as_regular(first), _as_regular(second), bias)
+    alike = residual is None or residual.stride() == strides
+    like = Tensors(_as_regular(first), _as_regular(second), bias, residual if alike else empty)
     fill = chosen.bind(like) if made is None else chosen.pack(like, made)
 
-    def run(first: Tensor, second: Tensor, bias: Tensor | None) -> Tensor:
+    def run(first: Tensor, second: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         if large:
             out = lent(*how, dtype)
         elif on_cpu:
@@ -318,7 +339,9 @@ def ready(first: Tensor, second: Tensor, bias: Tensor | None, make: Make, made: 
             out = torch.empty_strided(*how, dtype=dtype, device=device)
         if not regular:
             first, second = _regular(first), _regular(second)
-        fill(_new(Tensors, (first, second, bias, None)), out)
+        if not alike and residual is not None:
+            residual = torch.empty_strided(*how, dtype=dtype, device=device).copy_(residual)
+        fill(_new(Tensors, (first, second, bias, residual)), out)
         return out
 
     return Call(make, run)

@@ -26,6 +26,16 @@ ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "g
 Pair = tuple[int, int]
 
 
+def check_activation(activation: str | None, dtype: torch.dtype) -> None:
+    """Raise ValueError if there is no such activation, or none for the type."""
+    if activation is None:
+        return
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {ACTIVATIONS}, but got {activation!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"activation={activation!r} is for floating types, but the tensors are {dtype}")
+
+
 class Direction(Enum):
     """Which of the three tensors is made out of the other two (`given`, in the order operators take them)."""
 
@@ -297,12 +307,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
             object.__setattr__(self, "channels_last", False)
-        if self.activation is None:
-            return
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be None or one of {ACTIVATIONS}, but got {self.activation!r}")
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"activation={self.activation!r} is for floating types, but the tensors are {self.dtype}")
+        check_activation(self.activation, self.dtype)
 
     @property
     def makes_bias(self) -> bool:

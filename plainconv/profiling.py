@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from plainconv import functional, ops
+from plainconv.plan import Explanation
 from plainconv.problem import ConvProblem, Direction
 from plainconv.replace import check_model
 from plainconv.timing import Timing, duration, in_turn, keep_freed_memory
@@ -276,6 +277,7 @@ class _Call(NamedTuple):
     input: _Like
     weight: _Like
     bias: _Like | None
+    residual: _Like | None
     options: tuple[tuple[str, Any], ...]
     by: str
 
@@ -300,14 +302,21 @@ class _Noting(TorchFunctionMode):
 
 
 def _call(
-    function: _Function, by: str, input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
+    function: _Function,
+    by: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    **options: Any,
 ) -> _Call:
     cast = input, weight, bias
     if torch.is_autocast_enabled(input.device.type):
         cast = ops.autocast(*cast)
     b = _Like.of(cast[2], bias) if bias is not None and cast[2] is not None else None
     frozen = tuple(sorted((name, _frozen(value)) for name, value in options.items()))
-    return _Call(function, _Like.of(cast[0], input), _Like.of(cast[1], weight), b, frozen, by)
+    r = None if residual is None else _Like.of(residual, residual)._replace(dtype=cast[0].dtype)
+    return _Call(function, _Like.of(cast[0], input), _Like.of(cast[1], weight), b, r, frozen, by)
 
 
 def _frozen(value: Any) -> Any:
@@ -328,21 +337,31 @@ class _Measured(NamedTuple):
 
 def _measured(call: _Call, training: bool, seconds: float) -> _Measured:
     options, transposed = dict(call.options), "transpose" in call.function.__name__
-    likes = (call.input, call.weight, call.bias)
+    likes = (call.input, call.weight, call.bias, call.residual)
     given = [None if like is None else like.filled() for like in likes]
     asks = [training and like is not None and like.requires_grad for like in likes]
     wanted = [Direction.FORWARD, *[Direction.GRAD_INPUT] * asks[0], *[Direction.GRAD_WEIGHT] * asks[1]]
     with torch.autocast(call.input.device.type, enabled=False):  # the types are those that it gave
-        told = [functional.explain(*given, **options, transposed=transposed, direction=way.value) for way in wanted]  # type: ignore[arg-type]
+        told = [_explained(given, transposed, way, options) for way in wanted]
         request = told[0].request
-        sides: dict[str, _Function] = {"plainconv": partial(call.function, **options)}
+        sides: dict[str, _Function] = {"plainconv": lambda x, w, b, r: call.function(x, w, b, residual=r, **options)}
         if (theirs := _torchs(request.problem, transposed)) is not None:
-            sides["torch"] = theirs
+            sides["torch"] = lambda x, w, b, r: functional.finished(theirs(x, w, b), options.get("activation"), r)
         calls = {name: _step_of(side, given, asks) for name, side in sides.items()}
         timings = in_turn(calls, seconds=seconds, turn_s=TURN_S)
     text = f"{'transposed ' * transposed}{request.problem}{' channels_last' * request.channels_last}"
     text += "" if request.dtype is torch.float32 else f" {str(request.dtype).removeprefix('torch.')}"
     return _Measured(text, "/".join(each.chosen for each in told), timings["plainconv"], timings.get("torch"))
+
+
+def _explained(
+    given: list[Tensor | None], transposed: bool, direction: Direction, options: dict[str, Any]
+) -> Explanation:
+    x, w, b, residual = given
+    assert x is not None
+    assert w is not None
+    more: dict[str, Any] = {"transposed": transposed, "direction": direction.value, "residual": residual}
+    return functional.explain(x, w, b, **options, **more)
 
 
 def _step_of(function: _Function, given: list[Tensor | None], asks: list[bool]) -> Callable[[], object]:
