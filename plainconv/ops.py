@@ -203,19 +203,16 @@ class Call:
         """What makes those of the gradients of the first two and of the bias that are wanted, out of the first two and
         the cotangent; nothing may watch."""
         # What was saved for backward may lie otherwise than what was given: hooks pack and unpack it.
-        first, second, cotangent = given
-        regular = first, second, _as_regular(cotangent, self.make.channels_last)
+        cotangent = given[2]
         # What a forward call added to y has its gradient made beside that of w.
         beside = wanted[1] and wanted[2] and self.make.direction is Direction.FORWARD
         bias = cotangent.new_empty(cotangent.shape[1]) if beside else None
         ready = _Backward(
             guard(*given),
-            self._gradient(0, regular, None) if wanted[0] else None,
-            self._gradient(1, regular, bias) if wanted[1] else None,
+            self._gradient(0, given, None) if wanted[0] else None,
+            self._gradient(1, given, bias) if wanted[1] else None,
             wanted[2],
             beside,
-            0 in cotangent.stride(),
-            self.make.channels_last,
         )
         remember(_BACKWARD, (self, wanted, torch.get_num_threads()), ready)
         return ready
@@ -242,16 +239,11 @@ class _Backward(NamedTuple):
     second: tuple[_Run, int, int] | None
     bias: bool
     beside: bool  # whether the bias' is made beside the second's
-    expanded: bool
-    channels_last: bool
 
     def make(self, given: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of the first two and of the bias that are wanted, else None."""
-        _, first, second, has_bias, beside, expanded, channels_last = self
+        _, first, second, has_bias, beside = self
         cotangent = given[2]
-        if expanded:
-            cotangent = _regular(cotangent, channels_last)
-            given = (*given[:2], cotangent)
         bias = cotangent.new_empty(cotangent.shape[1]) if has_bias else None
         of_first = of_second = None
         if first is not None:
@@ -325,9 +317,11 @@ def ready(
             return out
 
         return Call(make, of_nothing)
-    regular = 0 not in first.stride() and 0 not in second.stride()
+    last = asked.channels_last
+    loadable = _loadable(first, last), _loadable(second, last)
+    as_they_lie = loadable[0] is first and loadable[1] is second
     alike = residual is None or residual.stride() == strides
-    like = Tensors(_as_regular(first), _as_regular(second), bias, residual if alike else empty)
+    like = Tensors(*loadable, bias, residual if alike else empty)
     fill = chosen.bind(like) if made is None else chosen.pack(like, made)
 
     def run(first: Tensor, second: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -337,8 +331,8 @@ def ready(
             out = _empty_strided_cpu(shape, strides, dtype)
         else:
             out = torch.empty_strided(*how, dtype=dtype, device=device)
-        if not regular:
-            first, second = _regular(first), _regular(second)
+        if not as_they_lie:
+            first, second = _loadable(first, last), _loadable(second, last)
         if not alike and residual is not None:
             residual = torch.empty_strided(*how, dtype=dtype, device=device).copy_(residual)
         fill(_new(Tensors, (first, second, bias, residual)), out)
@@ -405,19 +399,21 @@ def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvPro
     return problem
 
 
-def _regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
-    """Expanded tensors (a cotangent of sum() has stride 0 everywhere) in plain memory; all others as they are."""
-    if 0 not in tensor.stride():
-        return tensor
-    return tensor.contiguous(memory_format=_FORMATS[tensor.dim()] if channels_last else torch.contiguous_format)
+def _loadable(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The same numbers, expanded (as the cotangent of a sum is) along no dimension that vectors lie along.
 
-
-def _as_regular(tensor: Tensor, channels_last: bool = False) -> Tensor:
-    """What lies as the same would, without its values: nothing is copied to learn how."""
-    if 0 not in tensor.stride():
+    Kernels take any strides, but neighbours that are one and the same number they look up each by itself.  So rows are
+    written out: of the width, or in channels_last of channels, if those of the width are none.  Unless that would be
+    the whole tensor.
+    """
+    along = 1 if channels_last else tensor.dim() - 1
+    strides = tensor.stride()
+    if strides[along] or (channels_last and strides[-1]):
         return tensor
-    like = _FORMATS[tensor.dim()] if channels_last else torch.contiguous_format
-    return torch.empty_like(tensor, memory_format=like)
+    rows = tensor[tuple(slice(1 if step == 0 and dim != along else None) for dim, step in enumerate(strides))]
+    if rows.numel() == tensor.numel():
+        return tensor
+    return rows.movedim(along, -1).contiguous().movedim(-1, along).expand(tensor.shape)
 
 
 # -- autocast --------------------------------------------------------------------------------------------------------
@@ -520,16 +516,13 @@ class _OneLevel(torch.autograd.function._SingleLevelFunction):
 def _gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     """The backward of all: those of the three gradients that are wanted."""
     first, second = ctx.saved_tensors
-    # An expanded cotangent is made regular once, for both gradients; the sum for the bias takes it as it is.
-    is_dense = _keys_of(cotangent).raw_repr() in _PLAIN_KEYS
-    regular = _regular(cotangent, ctx.make.channels_last) if is_dense else cotangent
     gradients: list[Tensor | None] = [None, None]
     given = dict(zip(ctx.make.direction.given, (first, second), strict=True))
     wanted = _wanted(ctx)
     for i, (role, like) in enumerate(given.items()):
         if wanted[i]:
             other = {r: tensor.conj() for r, tensor in given.items() if r != role}
-            other[ctx.make.direction.makes] = regular
+            other[ctx.make.direction.makes] = cotangent
             make = ctx.derivative(role, like)
             a, b = (other[r] for r in make.direction.given)
             gradients[i] = convolve(a, b, None, make)

@@ -26,8 +26,11 @@ products.  Depths follow each other, since they read nearly the same.
 Of an input larger than the caches, each step asks for a part of what the next task reads.  A result that would not stay
 in the caches is written past them, where vectors are whole lines: else each line would be read before it is written.
 
-In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  The last block begins
-so early that it ends with the channels, and computes some of them again; only fewer channels than lanes need a mask.
+In memory the channels of a pixel lie side by side; image, depth, row and pixel have any strides.  Where the channels
+of the input lie apart (`spread`), a group is one block, strips follow each other, and a task first copies the rows that
+it reads, and the last one did not, to scratch memory of its thread: squares of pixels and channels, transposed in
+registers.  The last block begins so early that it ends with the channels, and computes some of them again; only fewer
+channels than lanes need a mask.
 
 Depth and rows may change places (`turned`): then neighbours along the depth are the `rows` that share what they load.
 
@@ -44,16 +47,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from plainconv.cpu.emit import SCALARS, Emit, Value
+from plainconv.cpu.emit import HALVES, SCALARS, Emit, Value
 from plainconv.cpu.epilogue import finish
 from plainconv.cpu.weight import Weight
 
-POINTERS = ("x", "w", "packed", "bias", "residual", "y", "depth_table", "row_table", "width_table", "zeros")
+POINTERS = (
+    "x",
+    "w",
+    "packed",
+    "bias",
+    "residual",
+    "y",
+    "depth_table",
+    "row_table",
+    "width_table",
+    "zeros",
+    "span_table",
+)
 SIZES = (
     "x_image",  # elements from one image to the next, and so on
     "x_depth",
     "x_row",
     "x_pixel",
+    "x_channel",
     "y_image",  # the residual's too
     "y_depth",
     "y_row",
@@ -77,6 +93,9 @@ SIZES = (
     "ends",  # narrower tiles, for what does not fill a tile
     "fresh",  # input rows, of the last of a task, ...
     "ahead",  # ... that are asked for so many elements further on: the next task reads them
+    "room",  # bytes of the packed weights, behind which rows are copied, ...
+    "room_share",  # ... bytes of a share
+    "room_row",  # elements of a row
     "streams",  # 1 if the result is written past the caches
 )
 LINE = 64  # bytes that come together from memory
@@ -91,6 +110,7 @@ class Shape:
     kernel           of depth, rows and width; stride and dilation are those of rows and width: tables know the depth's
     weight           where its taps are
     turned           whether depth and rows have changed places: the weight still has its taps in the old order
+    spread           whether the channels of a pixel of the input lie apart
     mask             whether there are fewer channels than lanes
     seen, made       input and output channels of each group in a vector; one that fills it makes as many as lanes
     rows, pixels     of a tile; `ends`: pixels of the narrower tiles, 0 if there are none
@@ -107,6 +127,7 @@ class Shape:
     dilation: tuple[int, int]
     turned: bool
     weight: Weight
+    spread: bool
     mask: bool
     seen: int
     made: int
@@ -124,6 +145,17 @@ class Shape:
     def fills_lines(self) -> bool:
         """Whether a vector in memory is a line, so that it can be written without being read."""
         return self.made == 1 and not self.mask and self.lanes * SCALARS[self.stored] == LINE
+
+    @property
+    def ring(self) -> int:
+        """Rows from the first to the last of a task, if most are read: so many are kept for the next one. Else 0."""
+        reach = (self.rows - 1) * self.stride[0] + (self.kernel[1] - 1) * self.dilation[0] + 1
+        return reach if reach <= self.chunks * len(self.meets) else 0
+
+    @property
+    def copied_rows(self) -> int:
+        """Of all depths of the kernel, that there is room for."""
+        return self.kernel[0] * (self.ring or self.chunks * len(self.meets))
 
     @property
     def tap_steps(self) -> tuple[int, int]:
@@ -181,6 +213,10 @@ class Channels:
         self.weights = e.stack("i64", steps)  # and for each step, where its weights are
         self.asked = e.stack("i64", steps + 1)  # and the first of the input rows that it asks for
         self.mask = e.tail(self.given["channels"]) if shape.mask else None
+        self.room = self.given["packed"]
+        # Where each is copied to, or -1; and for each room, which row it holds, or 0.
+        self.rooms = e.stack("i64", steps * len(shape.meets)) if shape.spread else None
+        self.held = e.stack("i64", shape.copied_rows) if shape.spread else None
 
     def kernel(self) -> str:
         e, of, shape = self.e, self.given, self.shape
@@ -188,6 +224,8 @@ class Channels:
         share = (e.begin * of["shares"] + (each * of["groups"] - 1)) // (each * of["groups"])
         size = of["blocks"] * of["group_in"] * (shape.weight.all_taps * shape.lanes)
         packed = e.at(of["packed"], share * size)
+        if shape.spread:
+            self.room = e.at(of["packed"], of["room"] + share * of["room_share"], "i8")
         first = e.begin // each
 
         def group(i: Value, _: list[Value]) -> Sequence[Value]:
@@ -196,6 +234,8 @@ class Channels:
             begin, end = e.most(e.begin, behind), e.least(e.end, behind + each)
             first_block, count = self.share(number, "blocks", "groups")
             blocks = Group(first_block, count, packed, self.pack(first_block, count, packed))
+
+            self.forget_rows()
 
             def task(i: Value, _: list[Value]) -> Sequence[Value]:
                 self.task(blocks, begin - behind + i)
@@ -292,11 +332,16 @@ class Channels:
 
     def task(self, group: Group, place: Value) -> None:
         e, of, shape = self.e, self.given, self.shape
-        d, place = place % of["out_depth"], place // of["out_depth"]
-        strip, place = place % of["strips"], place // of["strips"]
+        if shape.spread:
+            strip, place = place % of["strips"], place // of["strips"]
+            d, place = place % of["out_depth"], place // of["out_depth"]
+            e.when(strip < 1, self.forget_rows)
+        else:
+            d, place = place % of["out_depth"], place // of["out_depth"]
+            strip, place = place % of["strips"], place // of["strips"]
         span, image = place % of["spans"], place // of["spans"]
         row = e.least(strip * shape.rows, of["out_rows"] - shape.rows)  # the last strip may overlap
-        steps = self.fill(group.bad, image, d, strip)
+        steps = self.fill(group, image, d, strip, span, row * shape.stride[0])
         to = image * of["y_image"] + d * of["y_depth"] + row * of["y_row"]
 
         def tile(first: Value, pixels: int, inside: Value | bool) -> None:
@@ -338,11 +383,11 @@ class Channels:
         first = span * total // of["spans"]
         e.loop((span + 1) * total // of["spans"] - first, [], each_tile)
 
-    def fill(self, bad: Value, image: Value, d: Value, strip: Value) -> Value:
-        """Write down the input rows that a strip reads; how many steps there are."""
+    def fill(self, group: Group, image: Value, d: Value, strip: Value, span: Value, first: Value) -> Value:
+        """Write down the input rows that a strip reads, `first` of the padded ones on; how many steps there are."""
         e, of, shape = self.e, self.given, self.shape
         count, (by_kd, by_kh) = len(shape.meets), shape.tap_steps
-        x = e.at(of["x"], image * of["x_image"], shape.stored)
+        bad, x = group.bad, e.at(of["x"], image * of["x_image"], shape.stored)
         nowhere = e.select(bad, e.address(of["zeros"]), e.number(0))  # for a row of the border
 
         def each_depth(kd: Value, state: list[Value]) -> Sequence[Value]:
@@ -352,12 +397,20 @@ class Channels:
             least = e.select(by_depth >= 0, e.number(0), e.number((1 << 63) - 1))  # outside: no row is real
 
             def each_chunk(chunk: Value, _: list[Value]) -> Sequence[Value]:
-                for i in range(count):
+                for i, place in enumerate(shape.meets):
                     by_row = e.scalar(of["row_table"], (strip * shape.chunks + chunk) * count + i, "i64")
                     real, slot = by_row >= least, (kept * shape.chunks + chunk) * count + i
                     start = plane + by_row * of["x_row"] * SCALARS[shape.stored]
                     e.put(e.select(real, start, nowhere), self.starts, slot)
                     e.put(e.select(real, of["x_pixel"], e.number(0)), self.pixels, slot)
+                    if self.rooms is not None:
+                        padded = first + chunk * (shape.inner * shape.dilation[0]) + place
+                        room = (
+                            kd * shape.ring + padded % shape.ring
+                            if shape.ring
+                            else (kd * shape.chunks + chunk) * count + i
+                        )
+                        e.put(e.select(real, room, e.number(-1)), self.rooms, slot)
                 at = (kd * by_kd + chunk * (shape.inner * by_kh) + shape.weight.first) * shape.lanes
                 e.put(at, self.weights, kept * shape.chunks + chunk)
                 return []
@@ -367,6 +420,8 @@ class Channels:
 
         (kept,) = e.loop(shape.kernel[0], [e.number(0)], each_depth)
         steps = kept * shape.chunks
+        if shape.spread:
+            e.loop(steps * count, [], lambda slot, _: self.copy_row(group, slot, span))
         fresh = e.least(of["fresh"], steps * count)
 
         def each_step(step: Value, _: list[Value]) -> Sequence[Value]:
@@ -375,6 +430,81 @@ class Channels:
 
         e.loop(steps + 1, [], each_step)
         return steps
+
+    # -- channels that lie apart -------------------------------------------------------------------------------------
+
+    def inputs(self, group: Group) -> tuple[Value, Value, Value]:
+        """Of a group that is one block: the first input channel, how many, and lanes of a pixel that hold them."""
+        lanes = self.shape.lanes
+        return self.channel(group.first), self.e.least(self.given["channels"], lanes), self.e.number(lanes)
+
+    def forget_rows(self) -> None:
+        """What was copied belongs to another image, span or block."""
+        held = self.held
+        if held is None:
+            return
+
+        def each(i: Value, _: list[Value]) -> Sequence[Value]:
+            self.e.put(self.e.number(0), held, i)
+            return []
+
+        self.e.loop(self.shape.copied_rows, [], each)
+
+    def copy_row(self, group: Group, slot: Value, span: Value) -> Sequence[Value]:
+        """Copy an input row, if it is one and not there, channels side by side; it begins there from now on."""
+        e, of, shape, lanes, rooms, held = self.e, self.given, self.shape, self.shape.lanes, self.rooms, self.held
+        assert rooms is not None
+        assert held is not None
+        channel, count, pixel = self.inputs(group)
+        first, places = (e.scalar(of["span_table"], span * 2 + i, "i64") for i in range(2))
+        room = e.scalar(rooms, slot, "i64")
+        to = e.at(self.room, room * of["room_row"], shape.stored)
+        start = e.scalar(self.starts, slot, "ptr")
+        row = e.at(start, first * of["x_pixel"] + channel * of["x_channel"], shape.stored)
+
+        def vector(v: Value, _: list[Value]) -> Sequence[Value]:
+            left, into = count - v * lanes, e.at(to, v * lanes, shape.stored)
+            source = e.at(row, v * lanes * of["x_channel"], shape.stored)
+
+            def square(i: Value, _: list[Value]) -> Sequence[Value]:
+                """As many pixels as lanes; there is room for those that do not exist."""
+                at, some = i * lanes, e.tail(places - i * lanes)
+                channels = [e.least(left - 1, k) * of["x_channel"] for k in range(lanes)]
+                rows = [e.load(source, channel + at, some, shape.stored) for channel in channels]
+                for p, value in enumerate(e.transpose(rows)):
+                    e.store(value, into, (at + p) * pixel, None, shape.stored)
+                return []
+
+            def one(place: Value, _: list[Value]) -> Sequence[Value]:
+                channels, held = (
+                    e.places(place * of["x_pixel"], of["x_channel"]),
+                    "i16" if shape.stored in HALVES else shape.stored,
+                )
+                value = e.widen(e.gather(source, channels, e.tail(left), held), shape.stored)
+                e.store(value, into, place * pixel, None, shape.stored)
+                return []
+
+            def squares() -> None:
+                e.loop((places + (lanes - 1)) // lanes, [], square)
+
+            def singly() -> None:
+                e.loop(places, [], one)
+
+            e.when(e.compare("eq", of["x_pixel"], 1), squares, singly)
+            return []
+
+        def copy() -> None:
+            e.loop(pixel // lanes, [], vector)
+            e.put(start, held, room)
+
+        def real() -> None:
+            e.when(e.compare("ne", e.scalar(held, room, "i64"), e.address(start)), copy)
+            behind = (first * pixel + channel) * SCALARS[shape.stored]
+            e.put(e.address(to) - behind, self.starts, slot)
+            e.put(pixel, self.pixels, slot)
+
+        e.when(room >= 0, real)
+        return []
 
     # -- a tile ------------------------------------------------------------------------------------------------------
 

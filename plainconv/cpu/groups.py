@@ -47,6 +47,13 @@ class _Groups(Channels):
         of = self.given
         return self.channel(block) // of["group_out"] * of["group_in"]
 
+    def inputs(self, group: Group) -> tuple[Value, Value, Value]:
+        lanes, each = self.shape.lanes, self.given["group_in"]
+        if not self.several:
+            return self.source(group.first), each, (each + (lanes - 1)) // lanes * lanes
+        count, pixel = self.sources[-1] + self.shape.seen, self.pitch * lanes
+        return self.source(group.first), self.e.number(count), self.e.number(pixel)
+
     def tile(
         self, group: Group, block: Value, steps: Value, to: Value, first: Value, pixels: int, inside: Value | bool
     ) -> None:

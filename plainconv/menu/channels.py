@@ -1,6 +1,7 @@
 """How `depthwise` and `narrow` serve channels_last: the kernel of plainconv/cpu/channels.py, its tiles, tables, cost.
 
-Nothing is padded and no input is copied; the weight, packed by each thread for itself, is the workspace.
+Nothing is padded.  The weight is packed by each thread for itself, into the workspace, which also has room for the few
+rows that a task reads: they are copied, channels side by side, if those of the input lie apart.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import launch_all
 from plainconv.menu import engine
-from plainconv.menu.base import Bound, Cost, Tensors
-from plainconv.menu.engine import STORED, Side, folded
+from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors
+from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.lanes import gradients, planes_met
 from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
@@ -35,6 +36,7 @@ ASKED = 16 << 20  # bytes of an input so large that what the next task reads is 
 STREAMED = 24 << 20  # bytes of an input and a result together that do not stay in the caches
 ASKED_GROUPS = 4 << 20  # the same where it is asked for beside a copy
 SPAN = 128  # tiles along the width that a task has, at most
+SPAN_COPIED = 32  # and where what it reads is copied
 
 # Rough speeds, measured on one core with AVX-512: they choose tiles and rank algorithms.
 CYCLES_PER_SECOND = 3.66e9  # in each, a vector is multiplied and added
@@ -112,13 +114,15 @@ def _vector(request: Request, target: cpu.Target) -> Vector | None:
 
 
 @lru_cache(4096)
-def shape_of(part: Part, target: cpu.Target, regular: bool = True) -> channels.Shape:
-    """The kernel that serves a part of a request; regular: whether nothing lies between the pixels of the input.
+def shape_of(part: Part, target: cpu.Target, regular: bool = True, spread: bool = False) -> channels.Shape:
+    """The kernel that serves a part of a request.
+
+    regular: whether nothing lies between the pixels of the input; spread: whether its channels lie apart.
 
     Outputs that are neighbours along the rows share what they load; where rows have a stride, or are odd in number,
     those along the depth may share more.
     """
-    both = [_shape(part, target, regular, turned) for turned in (False, True)]
+    both = [_shape(part, target, regular, spread, turned) for turned in (False, True)]
     problem = part.request.problem
     return min(both, key=lambda shape: _cycles(part.request, shape, sides_of(problem, regular, shape.turned)))
 
@@ -129,7 +133,7 @@ def sides_of(problem: ConvProblem, regular: bool, turned: bool) -> Sides:
     return (high, depth, width) if turned else (depth, high, width)
 
 
-def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> channels.Shape:
+def _shape(part: Part, target: cpu.Target, regular: bool, spread: bool, turned: bool) -> channels.Shape:
     request, problem = part.request, part.request.problem
     depth, high, width = sides_of(problem, regular, turned)
     stored, (element, _) = STORED[request.dtype], engine.summed(request)
@@ -154,6 +158,7 @@ def _shape(part: Part, target: cpu.Target, regular: bool, turned: bool) -> chann
         dilation=(high.dilation, width.dilation),
         weight=part.weight,
         turned=turned,
+        spread=spread,
         mask=problem.out_channels < lanes,
         seen=seen,
         made=made,
@@ -195,7 +200,35 @@ def _tables(request: Request, shape: channels.Shape, sides: Sides) -> tuple[Tens
     by_row = engine.shown(high, mode, 0, int(wanted.max()) + 1)[wanted]  # [strip, chunk, row]
     places = (width.out - 1) * width.stride + (width.kernel - 1) * width.dilation + 1
     zeros = torch.zeros(request.problem.in_channels + shape.lanes, dtype=request.dtype)
-    return _table(depth, mode), by_row, engine.shown(width, mode, 0, places), zeros
+    by_width = engine.shown(width, mode, 0, places)
+    return _table(depth, mode), by_row, by_width, zeros, _spans(width, shape, by_width)
+
+
+def _spans(width: Side, shape: channels.Shape, by_width: Tensor) -> Tensor:
+    """[span, 2]: the first element of a row that the tiles of a span read, and how many from there on."""
+    _, _, tiles, ends = _cut(width, shape)
+    spans, total = _span_count(width, shape), tiles + ends
+    found = []
+    for span in range(spans if shape.spread else 0):
+        first, behind = (number * total // spans for number in (span, span + 1))
+        begin, end = _pixel(width, shape, first), min(_pixel(width, shape, behind - 1) + shape.pixels, width.out)
+        seen = by_width[begin * width.stride : (end - 1) * width.stride + (width.kernel - 1) * width.dilation + 1]
+        seen = seen[seen >= 0]
+        found.append([int(seen.min()), int(seen.max() - seen.min()) + 1] if len(seen) else [0, 0])
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _pixel(width: Side, shape: channels.Shape, number: int) -> int:
+    """The first of a tile."""
+    tiles = width.out // shape.pixels
+    if number < tiles:
+        return number * shape.pixels
+    return min(tiles * shape.pixels + (number - tiles) * shape.ends, width.out - shape.ends)
+
+
+def _span_count(width: Side, shape: channels.Shape) -> int:
+    _, _, tiles, ends = _cut(width, shape)
+    return -(-(tiles + ends) // (SPAN_COPIED if shape.spread else SPAN))
 
 
 def _cut(width: Side, shape: channels.Shape) -> tuple[int, int, int, int]:
@@ -218,20 +251,43 @@ def _packed_bytes(request: Request, shape: channels.Shape) -> int:
     return max(request.threads, 1) * numbers * engine.summed(request)[1]
 
 
+def _row_copied(problem: ConvProblem, shape: channels.Shape, width: Side) -> int:
+    """Elements of a row that is copied, at most: whole vectors of pixels, and of the channels of each."""
+    tiles = -(-sum(_cut(width, shape)[2:]) // _span_count(width, shape))
+    places = (tiles * shape.pixels - 1) * width.stride + (width.kernel - 1) * width.dilation + 1
+    places = min(places, width.size) if problem.padding_mode == "zeros" else width.size
+    seen = shape.seen * (shape.lanes // shape.made) or problem.group_in
+    # One pixel more: rows that lie 4 KiB apart would meet in few sets of the cache.
+    return (padded(places, shape.lanes) + 1) * padded(seen, shape.lanes)
+
+
+@lru_cache(4096)
+def _room(request: Request) -> int:
+    """Bytes of the rows that a task copies, of any part."""
+    most = 0
+    for part in _parts(request):
+        shape = shape_of(part, cpu.Target.host(), False, True)
+        _, _, width = sides_of(part.request.problem, False, shape.turned)
+        most = max(most, shape.copied_rows * _row_copied(part.request.problem, shape, width))
+    return padded(most * request.dtype.itemsize, ALIGNMENT)
+
+
 @lru_cache(1024)
-def prepare(part: Part, regular: bool) -> Prepared:
+def prepare(part: Part, regular: bool, spread: bool) -> Prepared:
     """The kernel and the tables of a part; a call only adds the addresses of its tensors and their strides."""
     request, problem, target = part.request, part.request.problem, cpu.Target.host()
-    shape = shape_of(part, target, regular)
+    shape = shape_of(part, target, regular, spread)
     sides = depth, high, width = sides_of(problem, regular, shape.turned)
     head, inside, tiles, ends = _cut(width, shape)
-    strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), -(-(tiles + ends) // SPAN)
+    strips, blocks, spans = -(-high.out // shape.rows), _blocks(problem, shape), _span_count(width, shape)
     tasks = problem.batch * depth.out * strips * spans
     wanted = TASKS * request.threads if request.threads > 1 else 1
     dealt = min(-(-wanted // tasks), blocks) if tasks else 1
     if shape.made > 1:  # no two groups read the same, so each may well have a weight that stays in the cache
         weight = _packed_bytes(request, shape) // max(request.threads, 1)
         dealt = max(dealt, min(-(-weight // PACKED), blocks))
+    if spread:
+        dealt = blocks
     channels_of = (problem.out_channels, problem.group_in, problem.group_out)
     counts = (*channels_of, blocks, dealt, tasks, max(request.threads, 1), spans, strips)
     ready = Prepared(
@@ -248,37 +304,40 @@ def prepare(part: Part, regular: bool) -> Prepared:
 on_forget(prepare.cache_clear)
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Elements from an image, depth, row and pixel to the next."""
-    image, _, *inner = tensor.stride()
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Elements from an image, depth, row, pixel and channel to the next."""
+    image, channel, *inner = tensor.stride()
     depth, row, pixel = (0,) * (3 - len(inner)) + tuple(inner)
-    return image, depth, row, pixel
+    return image, depth, row, pixel, channel
+
+
+def _turned(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Depth and rows have changed places."""
+    image, depth, row, *inner = strides
+    return image, row, depth, *inner
 
 
 def _ahead(request: Request, shape: channels.Shape, sides: Sides, strides: tuple[int, ...]) -> tuple[int, int]:
     """How many of the input rows of a task are asked for, and how far further on: what only the next task reads."""
     least = ASKED if shape.made == 1 else ASKED_GROUPS
-    if math.prod(request.problem.input_shape) * request.dtype.itemsize < least or shape.mask:
+    if math.prod(request.problem.input_shape) * request.dtype.itemsize < least or shape.mask or shape.spread:
         return 0, 0
-    (depth, high, _), (_, plane, row, _) = sides, strides
+    (depth, high, _), (_, plane, row, *_) = sides, strides
     if depth.out > 1:
         return depth.stride * shape.chunks * len(shape.meets), depth.stride * plane
     return shape.rows * high.stride, shape.rows * high.stride * row
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
-    """The call that fills a result, activation and residual included; an input whose channels lie apart is copied."""
+    """The call that fills a result, activation and residual included."""
     x, threads, size = tensors.first, request.threads, request.dtype.itemsize
-    copies = x.shape[1] > 1 and x.stride(1) != 1
-    lies = copies or x.movedim(1, -1).is_contiguous()
+    lies = x.movedim(1, -1).is_contiguous()
     made = request.problem.shape_of(request.direction.makes)
     streams = (x.numel() + math.prod(made)) * size >= STREAMED and made[1] * size % channels.LINE == 0
-    bound = [_bind(part, None if lies else x, made) for part in _parts(request)]
+    bound = [_bind(request, part, None if lies else x, made) for part in _parts(request)]
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
-        if copies:
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         w, bias = w.contiguous(), None if bias is None else bias.contiguous()
         given = (x.data_ptr(), w.data_ptr(), workspace.data_ptr(), 0 if bias is None else bias.data_ptr())
         added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
@@ -296,20 +355,27 @@ def _parts(request: Request) -> tuple[Part, ...]:
     return parts(request) or ()
 
 
-def _bind(part: Part, x: Tensor | None, made: Sequence[int]) -> tuple[Prepared, int, tuple[int, ...]]:
-    """A kernel, its first element of a result of the shape `made`, and its arguments behind the tensors.
+def _bind(request: Request, part: Part, x: Tensor | None, made: Sequence[int]) -> tuple[Prepared, int, tuple[int, ...]]:
+    """The kernel of a part, its first element of a result of the shape `made`, and its arguments behind the tensors.
 
     x: the input, if it does not lie as channels_last does.
     """
     problem, front, c = part.request.problem, (0,) * (3 - len(part.step)), made[1]
-    regular = x is None and not part.apart
-    ready = prepare(part, regular)
+    regular, spread = x is None and not part.apart, x is not None and x.shape[1] > 1 and x.stride(1) != 1
+    ready = prepare(part, regular, spread)
     _, high, width = folded(problem, regular)
     seen = problem.in_channels
-    strides = (math.prod(problem.input_shape[1:]), high.size * width.size * seen, width.size * seen, seen)
+    strides: tuple[int, ...] = (
+        math.prod(problem.input_shape[1:]),
+        high.size * width.size * seen,
+        width.size * seen,
+        seen,
+        1,
+    )
     if x is not None:
         strides = _strides(x)
-    first, result = 0, (math.prod(made[1:]), high.out * width.out * c, width.out * c, c)
+    result: tuple[int, ...] = (math.prod(made[1:]), high.out * width.out * c, width.out * c, c)
+    first = 0
     if part.apart:
         rows, cols = ((1,) * (3 - len(made[2:])) + tuple(made[2:]))[1:]
         steps = (rows * cols * c, cols * c, c)
@@ -317,9 +383,11 @@ def _bind(part: Part, x: Tensor | None, made: Sequence[int]) -> tuple[Prepared, 
         each = (1,) * len(front) + part.step
         result = (result[0], each[0] * steps[0], each[1] * steps[1], each[2] * steps[2])
     if ready.shape.turned:
-        strides, result = ((image, row, plane, pixel) for image, plane, row, pixel in (strides, result))
-    ahead = _ahead(part.request, ready.shape, sides_of(problem, regular, ready.shape.turned), strides)
-    return ready, first, (*(table.data_ptr() for table in ready.tables), *strides, *result, *ready.sizes, *ahead)
+        strides, result = _turned(strides), _turned(result)
+    sides = sides_of(problem, regular, ready.shape.turned)
+    room = (_packed_bytes(request, ready.shape), _room(request), _row_copied(problem, ready.shape, sides[2]))
+    behind = (*ready.sizes, *_ahead(part.request, ready.shape, sides, strides), *room)
+    return ready, first, (*(table.data_ptr() for table in ready.tables), *strides, *result, *behind)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -375,6 +443,7 @@ def cost(request: Request) -> Cost:
         sums *= (tiles * shape.pixels + ends * shape.ends) * _blocks(problem, shape) * shape.lanes
         products += sums * part.request.problem.group_in * part.request.problem.taps
         workspace = max(workspace, _packed_bytes(request, shape))
+    workspace += _room(request) * threads
     size = request.dtype.itemsize
     elements = sum(math.prod(problem.shape_of(role)) for role in ("x", "w", "y"))
     memory = size * elements / (BYTES_PER_SECOND if size * elements > CACHED else CACHED_PER_SECOND)

@@ -3,9 +3,10 @@
 import assembly
 import pytest
 import torch
-from checks import CASES, check, compare, exact, given, integers, reals, request, result_of
+from checks import CASES, channels_last, check, compare, exact, given, integers, reals, request, result_of
 from guarded import guarded
 
+from plainconv.bench.scratch import torchs_peak
 from plainconv.cpu import channels as kernels
 from plainconv.cpu import compile as cpu
 from plainconv.menu import channels
@@ -128,6 +129,78 @@ def test_any_strides_of_the_input(layout):
         check(ALGORITHM, asked_for(text), integers, layout)
 
 
+def every_second(tensor):
+    """Neither channels nor pixels side by side."""
+    return torch.stack([tensor] * 2, -1)[..., 0] if tensor.dim() > 2 else tensor
+
+
+APART = WAYS | {"dilation over rows": "n2 c20 o20 x30x31 k3x3 d16 p16 g20"}
+
+
+@every_width
+@pytest.mark.parametrize("text", APART.values(), ids=APART)
+def test_channels_that_lie_apart(bits, text, as_if):
+    as_if(bits)
+    asked = asked_for(text, has_bias=True, has_residual=True, threads=3)
+    check(ALGORITHM, asked, integers, channels_first)
+    check(ALGORITHM, asked, integers, every_second)
+
+
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+@pytest.mark.parametrize("layout", [channels_first, every_second], ids=["pixels", "nothing"])
+def test_channels_that_lie_apart_in_every_type(layout, dtype):
+    for text in SOME:
+        check(ALGORITHM, asked_for(text, dtype), integers, layout)
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1,), (2, 3), (0,), (2,)], ids=str)
+def test_an_expanded_input(dims):
+    asked = asked_for(APART["a whole block and a tail"])
+    for layout in (last, channels_first):
+
+        def expanded(tensor, layout=layout):
+            if tensor.shape != asked.problem.input_shape:
+                return tensor
+            for dim in dims:
+                tensor = tensor.narrow(dim, 0, 1)
+            return layout(tensor).expand(asked.problem.input_shape)
+
+        first, second, *_ = given(asked, integers)
+        compare(
+            ALGORITHM,
+            asked,
+            result_of(ALGORITHM, asked, expanded(first), second),
+            expanded(first),
+            second,
+            to_the_bit=True,
+        )
+
+
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
+def test_nothing_is_copied_outside_the_workspace(direction):
+    """And that is small beside the tensor, however its channels lie."""
+    asked = asked_for("n2 c64 o64 x56x56 k3x3 p1 g64", direction=direction)
+    tensors, size = given(asked, reals), channels.cost(asked).workspace
+    out = channels_last(torch.empty(asked.problem.input_shape))
+    call, workspace = channels.bind(asked, tensors), torch.empty(size, dtype=torch.uint8)
+
+    def run():
+        call(tensors, out, workspace)
+        return (torch.empty(0),)
+
+    assert torchs_peak(run) == 0
+    assert size < out.nbytes // 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("text", APART.values(), ids=APART)
+def test_nothing_outside_is_touched_where_channels_lie_apart(text, at_end, dtype, as_if, monkeypatch):
+    as_if(BITS[0])
+    asked = asked_for(text, dtype, has_bias=True, has_residual=True)
+    between_guards(asked, at_end, monkeypatch, lambda tensor: guarded(tensor, at_end=at_end))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *OTHERS], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_comes_behind_is_done_in_the_store(dtype, activation):
@@ -177,7 +250,7 @@ def test_nothing_outside_is_touched_by_the_gradient(text, at_end, as_if, monkeyp
     between_guards(asked, at_end, monkeypatch)
 
 
-def between_guards(asked, at_end, monkeypatch):
+def between_guards(asked, at_end, monkeypatch, lay=None):
     tables = channels._tables
     monkeypatch.setattr(
         channels, "_tables", lambda *how: tuple(guarded(table, at_end=at_end) for table in tables(*how))
@@ -188,7 +261,7 @@ def between_guards(asked, at_end, monkeypatch):
 
     tensors = given(asked, reals)
     tensors = tensors._replace(
-        first=enclosed(tensors.first),
+        first=(lay or enclosed)(tensors.first),
         second=guarded(tensors.second, at_end=at_end),
         bias=guarded(tensors.bias, at_end=at_end),
         residual=enclosed(tensors.residual),

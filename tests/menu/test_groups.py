@@ -84,8 +84,9 @@ def test_what_is_summed_stays_within_the_bound(layout):
 @every_width
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.name)
 @pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("apart", [False, True], ids=["channels side by side", "apart"])
 @pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
-def test_nothing_outside_is_touched(bits, at_end, text, direction, as_if, monkeypatch):
+def test_nothing_outside_is_touched(bits, apart, at_end, text, direction, as_if, monkeypatch):
     """Every tensor, every table and the workspace right before or right behind memory that faults."""
     as_if(bits)
     asked, tables = asked_for(text, direction=direction, has_bias=True, has_residual=True), channels._tables
@@ -100,7 +101,7 @@ def test_nothing_outside_is_touched(bits, at_end, text, direction, as_if, monkey
 
     x, w, bias, residual = given(asked, reals)
     tensors = given(asked, reals)._replace(
-        first=enclosed(x),
+        first=guarded(x, at_end=at_end) if apart else enclosed(x),
         second=guarded(w, at_end=at_end),
         bias=guarded(bias, at_end=at_end),
         residual=enclosed(residual),
