@@ -410,13 +410,11 @@ def _finished(
                 return way(input, weight, bias, residual)
     _check_kinds(function.__name__, input, weight, bias, residual)
     check_activation(activation, input.dtype)
-    if residual is not None and (residual.dtype != input.dtype or residual.device != input.device):
-        raise RuntimeError(f"Input type ({input.type()}) and residual type ({residual.type()}) should be the same")
 
     def apart(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         result = _call(function, dims, input, weight, bias, options)
         if residual is not None:
-            _check_residual(result.shape, residual)
+            check_residual(residual, result.shape, input)
             residual = residual.to(result.dtype)  # that of autocast
         return finished(result, activation, residual)
 
@@ -428,7 +426,7 @@ def _finished(
         return apart(input, weight, bias, residual)
     first, make, batched = settled(function.__name__, dims, input, weight, bias, Options(*options))
     if residual is not None:
-        _check_residual(make.shape if batched else make.shape[1:], residual)
+        check_residual(residual, make.shape if batched else make.shape[1:], input)
     behind = residual if batched or residual is None else residual.unsqueeze(0)
     call = ops.remembered(first, weight, bias, make, activation=activation, residual=behind).run
 
@@ -443,14 +441,17 @@ def _finished(
     return together(input, weight, bias, residual)
 
 
-def _check_residual(shape: Sequence[int], residual: Tensor) -> None:
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
+    """Raise RuntimeError if it is not what can be added to a result of this shape, from this input."""
+    if residual.dtype != input.dtype or residual.device != input.device:
+        raise RuntimeError(f"Input type ({input.type()}) and residual type ({residual.type()}) should be the same")
     if tuple(residual.shape) != tuple(shape):
         raise RuntimeError(
             f"expected residual to have the shape of the result, {list(shape)}, but got {list(residual.shape)}"
         )
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

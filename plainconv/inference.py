@@ -26,7 +26,7 @@ from plainconv.functional import Options
 from plainconv.menu import separable
 from plainconv.menu.base import Made
 from plainconv.plan import ask, check_algorithm, plan
-from plainconv.problem import Request
+from plainconv.problem import Request, check_activation
 from plainconv.remember import on_forget
 from plainconv.replace import algorithm_of, other_forward
 from plainconv.settings import AUTO, resolve
@@ -35,7 +35,8 @@ MOST_MADE = 4  # weights, packed or transformed in different ways, that a call k
 _FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = ("algorithm", "max_workspace", "allow_builtin")
-_Ready = tuple[Callable[..., bool], bool, Callable[[Tensor], Tensor]]  # fits, whether it asks for a gradient, and runs
+_Run = Callable[[Tensor, Tensor | None], Tensor]  # of an input, and a residual
+_Ready = tuple[Callable[..., bool], bool, _Run]  # fits, whether it asks for a gradient, and runs
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -53,10 +54,18 @@ class Prepacked(nn.Module):
     request: Request
     algorithm: str
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool, options: Options, input: Tensor) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        options: Options,
+        activation: str | None,
+        input: Tensor,
+    ) -> None:
         super().__init__()
         name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
-        self._function, self._options = getattr(functional, name), options
+        self._function, self._options, self._activation = getattr(functional, name), options, activation
         self._weight, self._bias, self._last = weight.contiguous(), bias, ops.is_channels_last(weight)
         self._ready: dict[Any, tuple[_Ready, ...]] = {}
         self._made: Made = {}
@@ -67,19 +76,23 @@ class Prepacked(nn.Module):
         if ops.watching(input, self._weight, self._bias) is ops.Watch.NOTHING:
             self._bind(input)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The convolution of an input of the weight's type and device, and of any size; it has no gradients."""
-        plain = type(input) in ops.PLAIN and not torch.compiler.is_compiling()
-        if plain and torch._C._get_tracing_state() is None:
-            for fits, asks, run in self._ready.get((input.shape, torch.get_num_threads()), ()):
-                if fits(input) and forward_ad._current_level < 0:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(convolution + bias + residual), of an input of the weight's type and device, and of any size.
+
+        residual: of the result's shape and type.  There are no gradients.
+        """
+        given = _given(input, residual)
+        plain = type(input) in ops.PLAIN and (residual is None or type(residual) in ops.PLAIN)
+        if plain and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+            for fits, asks, run in self._ready.get(_key(input, residual), ()):
+                if fits(*given) and forward_ad._current_level < 0:
                     if asks:
-                        _no_gradients(input)
-                    return run(input)
-            _no_gradients(input)
-            if ops.watching(input, self._weight, self._bias) is ops.Watch.NOTHING:
-                return self._bind(input)(input)
-        return self._watched(input)
+                        _no_gradients(*given)
+                    return run(input, residual)
+            _no_gradients(*given)
+            if all(ops.watching(tensor, self._weight, self._bias) is ops.Watch.NOTHING for tensor in given):
+                return self._bind(input, residual)(input, residual)
+        return self._watched(input, residual)
 
     @property
     def nbytes(self) -> int:
@@ -99,23 +112,30 @@ class Prepacked(nn.Module):
 
     # -- how it is done ----------------------------------------------------------------------------------------------
 
-    def _bind(self, input: Tensor) -> Callable[[Tensor], Tensor]:
-        """The call for inputs like this, which is remembered."""
+    def _bind(self, input: Tensor, residual: Tensor | None = None) -> _Run:
+        """The call for inputs and residuals like these, which is remembered."""
         first, make, batched = self._settled(input)
-        made, ready, weight, bias = self._made, self._ready, self._weight, self._bias
-        call = ops.ready(first, weight, bias, make, made).run
+        behind = residual
+        if residual is not None:
+            functional.check_residual(residual, make.shape if batched else make.shape[1:], input)
+            behind = residual if batched else residual.unsqueeze(0)
+        made, weight, bias = self._made, self._weight, self._bias
+        call = ops.ready(first, weight, bias, make, made, activation=self._activation, residual=behind).run
         if len(made) > MOST_MADE:
             last = list(made)[-1]
-            self._made, self._ready = made, ready = {last: made[last]}, {}
+            self._made, self._ready = {last: made[last]}, {}
 
-        def run(input: Tensor) -> Tensor:
-            return call(input, weight, bias)
+        def run(input: Tensor, residual: Tensor | None) -> Tensor:
+            return call(input, weight, bias, residual)
 
-        def unbatched(input: Tensor) -> Tensor:
-            return call(input.unsqueeze(0), weight, bias).squeeze(0)
+        def unbatched(input: Tensor, residual: Tensor | None) -> Tensor:
+            behind = None if residual is None else residual.unsqueeze(0)
+            return call(input.unsqueeze(0), weight, bias, behind).squeeze(0)
 
         found = run if batched else unbatched
-        ops.remember(ready, (input.shape, torch.get_num_threads()), (ops.guard(input), input.requires_grad, found))
+        given = _given(input, residual)
+        asks = any(tensor.requires_grad for tensor in given)
+        ops.remember(self._ready, _key(input, residual), (ops.guard(*given), asks, found))
         return found
 
     def _settled(self, input: Tensor) -> tuple[Tensor, ops.Make, bool]:
@@ -129,7 +149,8 @@ class Prepacked(nn.Module):
         return first, make, batched
 
     def _asked(self, first: Tensor, make: ops.Make) -> Request:
-        return replace(ops.request(make, first, self._weight, self._bias, make.direction), packed=True)
+        asked = ops.request(make, first, self._weight, self._bias, make.direction)
+        return replace(asked, packed=True, activation=self._activation)
 
     def _is_separable(self, request: Request) -> bool:
         """Whether passes along each dimension are estimated to be the quickest, and the kernel's values allow them."""
@@ -140,17 +161,28 @@ class Prepacked(nn.Module):
         quickest = ours.seconds < min(verdict.seconds for verdict in verdicts if verdict.may_be_chosen)
         return quickest and not isinstance(separable.lines(self._weight), str)
 
-    def _watched(self, input: Tensor) -> Tensor:
+    def _watched(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """The same, by the plain call: under a transform, autocast or a mode, traced, or of a subclass."""
-        _no_gradients(input)
+        _no_gradients(*_given(input, residual))
         weight = self._weight
         if self._last:
             weight = weight.contiguous(memory_format=_FORMATS[weight.dim()])
         spelled = self._options._asdict()
         if "transpose" not in self._function.__name__:
             del spelled["output_padding"]
-        result: Tensor = self._function(input, weight, self._bias, **spelled)
+        behind = {"activation": self._activation, "residual": residual}
+        result: Tensor = self._function(input, weight, self._bias, **spelled, **behind)
         return result
+
+
+def _given(input: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+    """Each object once, as torch's guards ask for."""
+    return (input,) if residual is None or residual is input else (input, residual)
+
+
+def _key(input: Tensor, residual: Tensor | None) -> Any:
+    """What calls are found by."""
+    return input.shape, residual is None, residual is input, torch.get_num_threads()
 
 
 def _forget() -> None:
@@ -174,6 +206,7 @@ def prepack(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    activation: str | None = None,
     output_padding: Spec = 0,
     transposed: bool = False,
     memory_format: torch.memory_format | None = None,
@@ -192,6 +225,7 @@ def prepack(
         bias, stride, ..., output_padding, transposed: beside a weight, as of plainconv.conv2d and conv_transpose2d; a
             layer has its own.
         algorithm, max_workspace, allow_builtin: as of plainconv.conv2d; by default those of the layer, if it has them.
+        activation: as of plainconv.conv2d; a residual is given in the call.
         memory_format: in which the inputs will lie; by default as the weight does.
 
     Raises:
@@ -214,6 +248,7 @@ def prepack(
     if options.output_padding != 0 and not transposed:
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     check_algorithm(options.algorithm)
+    check_activation(activation, weight.dtype)
     chosen = resolve(*options[5:8])
     options = options._replace(max_workspace=chosen.max_workspace, allow_builtin=chosen.allow_builtin)
     _no_gradients(weight, bias)
@@ -224,7 +259,7 @@ def prepack(
             memory_format = _FORMATS[weight.dim()] if last else torch.contiguous_format
         like: Any = {"dtype": weight.dtype, "device": weight.device, "memory_format": memory_format}
         assert own[0] is not None
-        return Prepacked(own[0], own[1], transposed, options, torch.empty(tuple(input_shape), **like))
+        return Prepacked(own[0], own[1], transposed, options, activation, torch.empty(tuple(input_shape), **like))
 
 
 def _of_layer(layer: nn.Module, options: Options) -> tuple[Tensor, Tensor | None, bool, Options]:

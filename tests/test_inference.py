@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import BY_NAME, channels_last, compare, integers, product_of_lines, reals
 from torch import nn
 
@@ -350,3 +351,36 @@ def test_several_threads_at_once():
     for made in found.values():
         for y, expected in zip(made, asked * 5, strict=True):
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- what comes behind -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 9, 9), (8, 9, 9)], ids=["batch", "no batch"])
+def test_an_activation_and_a_residual_are_added_behind(activation, channels_last, shape):
+    layer, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(shape)
+    if channels_last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    other = torch.randn(shape)
+    with torch.no_grad():
+        fast = plainconv.prepack(layer, shape, activation=activation)
+        behind = getattr(F, activation) if activation else lambda y: y
+        for residual in (None, other, x, None, other.transpose(-1, -2)):
+            asked = behind(layer(x) + (0 if residual is None else residual))
+            torch.testing.assert_close(fast(x, residual), asked, rtol=1e-4, atol=1e-5)
+
+
+def test_a_residual_that_does_not_fit_and_an_unknown_activation():
+    layer, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
+    with torch.no_grad():
+        fast = plainconv.prepack(layer, x.shape)
+        with pytest.raises(RuntimeError, match=r"residual to have the shape of the result, \[1, 4, 4, 4\]"):
+            fast(x, torch.randn(1, 4, 4, 5))
+        with pytest.raises(RuntimeError, match=r"residual type .* should be the same"):
+            fast(x, torch.randn(1, 4, 4, 4, dtype=torch.float64))
+        with pytest.raises(ValueError, match="activation must be None or one of"):
+            plainconv.prepack(layer, x.shape, activation="tanh")
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        fast(x, torch.randn(1, 4, 4, 4, requires_grad=True))
