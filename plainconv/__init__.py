@@ -16,6 +16,7 @@ from plainconv.functional import (
     conv_transpose3d,
     explain,
 )
+from plainconv.fuse import optimize
 from plainconv.inference import prepack
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import algorithms, tune, tuning
@@ -39,6 +40,7 @@ __all__ = [
     "get_allow_builtin",
     "get_max_workspace",
     "nn",
+    "optimize",
     "prepack",
     "profile",
     "set_allow_builtin",

@@ -1,0 +1,322 @@
+"""optimize: what is fused into a convolution, what is left alone, and results beside the model's own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import plainconv
+from plainconv.fuse import Optimized
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def settle(model):
+    """In evaluation mode, with statistics as of a model that has been trained."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+class Plain(nn.Module):
+    """A function with some layers, as a model."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+def same(model, fast, *args, **kwargs):
+    with torch.no_grad():
+        asked, found = model(*args, **kwargs), fast(*args, **kwargs)
+    torch.testing.assert_close(found, asked, rtol=1e-4, atol=1e-5)
+
+
+def fused(fast):
+    return {name: functions for name, (functions, _) in fast.report.fused.items()}
+
+
+def left(fast):
+    """The functions of the graph that are not plainconv's."""
+    names = (str(node.target) for node in fast.model.graph.nodes if node.op.startswith("call"))
+    return [name for name in names if "plainconv" not in name and name != "_guards_fn"]
+
+
+CONVOLUTIONS = {
+    "1d": lambda: (nn.Conv1d(4, 6, 3, stride=2), nn.BatchNorm1d(6), torch.randn(2, 4, 19)),
+    "2d": lambda: (
+        nn.Conv2d(4, 6, 3, padding="same", groups=2, bias=False),
+        nn.BatchNorm2d(6),
+        torch.randn(2, 4, 9, 8),
+    ),
+    "3d": lambda: (nn.Conv3d(4, 6, 2, dilation=2), nn.BatchNorm3d(6), torch.randn(2, 4, 5, 6, 7)),
+    "transposed 1d": lambda: (nn.ConvTranspose1d(4, 6, 3, 2), nn.BatchNorm1d(6), torch.randn(2, 4, 9)),
+    "transposed 2d": lambda: (
+        nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2),
+        nn.BatchNorm2d(6, affine=False),
+        torch.randn(2, 4, 5, 6),
+    ),
+    "transposed 3d": lambda: (nn.ConvTranspose3d(4, 6, 2), nn.BatchNorm3d(6), torch.randn(2, 4, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_batch_norm_is_folded_and_an_activation_fused(kind):
+    conv, norm, x = CONVOLUTIONS[kind]()
+    model = settle(nn.Sequential(conv, norm, nn.ReLU(inplace=True)))
+    fast = plainconv.optimize(model, x)
+    assert left(fast) == []
+    (functions,) = fused(fast).values()
+    assert functions == ("conv_transpose" if "transposed" in kind else "conv", "batch_norm", "relu")
+    same(model, fast, x)
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU(),
+    "hardswish": nn.Hardswish(),
+    "sigmoid": nn.Sigmoid(),
+    "silu": nn.SiLU(inplace=True),
+    "gelu": nn.GELU(),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_fused(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), ACTIVATIONS[name]).eval()
+    x = 3 * torch.randn(2, 3, 9, 9)
+    fast = plainconv.optimize(model, x)
+    assert list(fused(fast).values()) == [("conv", name)]
+    same(model, fast, x)
+
+
+@pytest.mark.parametrize("layer", [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.Hardtanh(-1, 6), nn.ELU(), nn.Softplus()])
+def test_other_activations_stay_torchs(layer):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), layer).eval()
+    x = 3 * torch.randn(2, 3, 9, 9)
+    fast = plainconv.optimize(model, x)
+    assert list(fused(fast).values()) == [("conv",)]
+    assert len(left(fast)) == 1
+    same(model, fast, x)
+
+
+def test_a_residual_is_fused_into_the_convolution_before_the_addition():
+    def block(self, x):
+        y = self.norm(self.second(F.relu(self.first(x))))
+        y += x
+        return F.relu(y)
+
+    conv = [nn.Conv2d(6, 6, 3, padding=1) for _ in range(2)]
+    model = settle(Plain(block, first=conv[0], second=conv[1], norm=nn.BatchNorm2d(6)))
+    x = torch.randn(2, 6, 8, 8)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"first": ("conv", "relu"), "second": ("conv", "batch_norm", "add", "relu")}
+    assert left(fast) == []
+    same(model, fast, x)
+    same(model, fast, x.to(memory_format=torch.channels_last))
+
+
+def test_of_two_convolutions_that_are_added_one_takes_the_other():
+    model = Plain(lambda self, x: F.silu(self.a(x) + self.b(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1)).eval()
+    x = torch.randn(1, 3, 5, 5)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"a": ("conv", "add", "silu"), "b": ("conv",)}
+    same(model, fast, x)
+
+
+NOT_RESIDUALS = {
+    "a number": lambda self, x: self.c(x) + 1.5,
+    "scaled": lambda self, x: torch.add(self.c(x), x, alpha=2),
+    "broadcast": lambda self, x: self.c(x) + x.mean((2, 3), keepdim=True),
+    "itself": lambda self, x: (lambda y: y + y)(self.c(x)),
+    "of a wider type": lambda self, x: self.c(x) + x.double(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_RESIDUALS)
+def test_other_additions_stay_torchs(kind):
+    model = Plain(NOT_RESIDUALS[kind], c=nn.Conv2d(3, 3, 3, padding=1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv",)}
+    same(model, fast, x)
+
+
+def test_what_something_else_reads_is_not_taken_in():
+    def twice(self, x):
+        y = self.c(x)
+        return F.relu(y), self.n(y)
+
+    model = settle(Plain(twice, c=nn.Conv2d(3, 4, 3), n=nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv",)}
+    same(model, fast, x)
+
+
+def test_a_change_in_place_of_the_input_comes_when_it_came():
+    def odd(self, x):
+        x = x * 2
+        y = self.c(x)
+        z = F.relu_(x)  # after the convolution read it
+        return F.relu(y + z)
+
+    model = Plain(odd, c=nn.Conv2d(3, 3, 3, padding=1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv", "add", "relu")}
+    same(model, fast, x)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_by_a_mode_or_a_function_becomes_the_convolutions(mode):
+    def padded(self, x):
+        return self.b(F.pad(self.a(x), (0, 1, 2, 0), "constant" if mode == "zeros" else mode))
+
+    model = Plain(padded, a=nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), b=nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(2, 3, 7, 8)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast)["b"] == ("pad", "conv")
+    assert left(fast) == []
+    same(model, fast, x)
+
+
+@pytest.mark.parametrize("pads", [((1, 1), {"value": 2.0}), ((1, 1, 1, 1, 1, 1), {})], ids=["ones", "of channels"])
+def test_other_padding_stays_torchs(pads):
+    model = Plain(lambda self, x: self.c(F.pad(x, pads[0], **pads[1])), c=nn.Conv2d(5, 4, 3)).eval()
+    x = torch.randn(2, 5 if len(pads[0]) == 2 else 3, 7, 8)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv",)}
+    same(model, fast, x)
+
+
+def test_a_parametrised_weight_is_computed_once():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+    model = nn.Sequential(layer, nn.BatchNorm1d(4)).eval()
+    x = torch.randn(2, 4, 9)
+    fast = plainconv.optimize(model, x)
+    assert left(fast) == []
+    same(model, fast, x)
+
+
+def test_a_weight_that_depends_on_the_input_is_left_to_torch():
+    model = Plain(lambda self, x: F.conv2d(self.c(x), x.mean((2, 3), keepdim=True)), c=nn.Conv2d(2, 2, 1)).eval()
+    x = torch.randn(2, 2, 5, 5)
+    fast = plainconv.optimize(model, x)
+    assert list(fast.report.kept.values()) == ["its weight or bias is computed from the input"]
+    same(model, fast, x)
+
+
+def test_a_batch_norm_of_the_batch_stays_torchs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert list(fused(fast).values()) == [("conv",)]
+    same(model, fast, x)
+
+
+def test_other_batches_and_sizes_and_formats():
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    fast = plainconv.optimize(model, torch.randn(1, 3, 12, 12))
+    for shape in ((1, 3, 12, 12), (4, 3, 12, 12), (2, 3, 9, 20)):
+        same(model, fast, torch.randn(shape))
+        same(model, fast, torch.randn(shape).to(memory_format=torch.channels_last))
+
+
+def test_channels_last_begins_at_the_door_and_ends_there():
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(3))).eval()
+    model.append(Plain(lambda self, x: (x, x.view(x.shape[0], -1))))
+    x = torch.randn(2, 64, 28, 28)
+    fast = plainconv.optimize(model, x)
+    same(model, fast, x)
+    with torch.no_grad():
+        assert fast(x)[0].is_contiguous()
+
+
+def test_inputs_by_name_and_results_of_any_form():
+    model = Plain(lambda self, a, *, b: {"sum": self.c(a) + b, "list": [b]}, c=nn.Conv2d(2, 2, 1)).eval()
+    given = {"a": torch.randn(2, 2, 3, 3), "b": torch.randn(2, 2, 3, 3)}
+    fast = plainconv.optimize(model, given)
+    same(model, fast, **given)
+
+
+def test_a_model_without_a_graph_is_prepacked_layer_by_layer():
+    def branching(self, x):
+        y = self.norm(self.c(x))
+        return y * self.c.kernel_size[0] if y.sum().item() > 0 else -y
+
+    model = settle(Plain(branching, c=nn.Conv2d(2, 3, 3), norm=nn.BatchNorm2d(3), unused=nn.Conv2d(2, 2, 1)))
+    x = torch.randn(2, 2, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv",)}
+    assert fast.report.kept == {"unused": "the example did not reach it"}
+    assert fast.report.plain.startswith("torch.export says")
+    for _ in range(4):
+        same(model, fast, torch.randn(2, 2, 6, 6))
+
+
+def test_the_model_is_left_as_it_is_and_never_followed():
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)))
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        found = fast(x)
+        for parameter in model.parameters():
+            assert parameter.requires_grad
+            parameter.zero_()
+        assert torch.equal(fast(x), found)
+
+
+def test_swapped_models_are_fused_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    plainconv.swap(model)
+    fast = plainconv.optimize(model, torch.randn(2, 3, 6, 6))
+    assert fused(fast) == {"0": ("conv", "relu")}
+    assert type(model[0]).__name__ == "PlainConv2d"
+
+
+def test_what_it_refuses():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    x = torch.randn(1, 3, 6, 6)
+    with pytest.raises(RuntimeError, match=r"training mode; call model.eval\(\) first"):
+        plainconv.optimize(model, x)
+    with pytest.raises(TypeError, match=r"argument 'model' must be torch.nn.Module, not int"):
+        plainconv.optimize(3, x)
+    with pytest.raises(ValueError, match="algorithm"):
+        plainconv.optimize(model.eval(), x, algorithm="quick")
+    fast = plainconv.optimize(model.eval(), x)
+    with pytest.raises(RuntimeError, match="optimized for inputs like its example"), torch.no_grad():
+        fast(torch.randn(1, 4, 6, 6))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        fast(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="for inference"):
+        fast.train()
+    assert not fast.eval().training
+
+
+def test_the_report_prints_as_a_table():
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    fast = plainconv.optimize(model, torch.randn(1, 3, 6, 6), algorithm="shift")
+    assert isinstance(fast, Optimized)
+    assert str(fast.report) == "0  conv + batch_norm + relu, by shift\n1 prepacked, 0 kept"
+    assert "by shift" in repr(fast)
