@@ -103,7 +103,12 @@ def conditions(records: Sequence[dict[str, Any]]) -> str:
     days = sorted(told["made"][:10] for told in records)
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
     middle = peaks[len(peaks) // 2]
-    return f"{'; '.join(sorted(machines))}; {middle:.0f} GFLOP/s at the most. Measured {when}, each suite alone."
+    least, most = min(told["seconds"] for told in records), max(told["seconds"] for told in records)
+    seconds = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    return (
+        f"{'; '.join(sorted(machines))}; {middle:.0f} GFLOP/s at the most. Measured {when}, each suite alone, "
+        f"each layer for {seconds} s or a few calls."
+    )
 
 
 def table(records: Records) -> str:
@@ -122,7 +127,7 @@ def table(records: Records) -> str:
                 suite,
                 str(total.layers),
                 number(total.geomean),
-                ", ".join(number(one.asked) + " ✓" * one.good for one in verdicts(told)),
+                ", ".join(map(asked, verdicts(told))),
                 *([number(total.packed) if total.packed else ""] if packs else []),
                 f"{number(total.worst)} ({total.worst_layer})",
                 number(total.most),
@@ -138,6 +143,12 @@ def verdicts(told: dict[str, Any]) -> list[bench.Held]:
     """What the thresholds say of a record."""
     rows = bench.rows_of(told)
     return bench.held(told["direction"], told["dtype"], rows[0].layer.suite, rows)
+
+
+def asked(one: bench.Held) -> str:
+    """The threshold, and whether it is met; of some of the layers alone, their geomean, too."""
+    target = number(one.asked) + " ✓" * one.good
+    return target if one.threshold.of == "layers" else f"{one.threshold.of} {number(one.geomean)} of {target}"
 
 
 def misses(records: Records) -> list[str]:

@@ -15,8 +15,8 @@ LAYERS = [layer for layers in load().values() for layer in layers]
 
 
 def test_every_suite_has_layers_with_a_source():
-    assert len(load()) == 42
-    assert len(LAYERS) == 441
+    assert len(load()) == 43
+    assert len(LAYERS) == 442
     assert all(layer.source and layer.name and layer.count >= 1 for layer in LAYERS)
     assert sum(layer.transposed for layer in LAYERS) == 13
 
