@@ -2,7 +2,7 @@
 # make test    set up, then the quick tests
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
 # make bench   every suite beside torch, forward in three types, and training, and what compiling takes: the tables under
-#              results/ (about an hour; it goes on where it stopped)
+#              results/ (about an hour; it measures what has no record yet, or with AGAIN=--again everything)
 # make fit     fit the estimates that rank algorithms to the records of make bench
 # make format  put the code in its form
 # make clean   remove what builds and tools left (not .venv)
@@ -37,7 +37,7 @@ wheel: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile.py
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/tables.py $(AGAIN)
 	$(BIN)/python benchmarks/readme.py
 
 fit: $(STAMP)
