@@ -40,7 +40,11 @@ def bind(request: Request, tensors: Tensors) -> Bound:
 def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
     """The same for a weight that stays."""
     if product := _product(request):
-        return _bind_product(request, product, tensors, partial(pack, made=made))
+        order = "taps, channels" if request.channels_last else "channels, taps"  # of the weight's columns
+        own = {key[1]: kept for key, kept in tuple(made.items()) if key[0] == order}
+        bound = _bind_product(request, product, tensors, partial(pack, made=own))
+        made.update({(order, key): kept for key, kept in own.items()})
+        return bound
     return dense.bind(request, tensors, made)
 
 
