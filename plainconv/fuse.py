@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter, eq
@@ -25,18 +26,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plainconv import functional
 from plainconv.inference import Prepacked, prepack
-from plainconv.ops import is_channels_last
+from plainconv.menu.base import AlgorithmRefused
+from plainconv.ops import OPERATORS, is_channels_last
 from plainconv.plan import check_algorithm
-from plainconv.problem import PADDING_MODES
+from plainconv.problem import PADDING_MODES, Direction
 from plainconv.replace import check_model, unswap
 from plainconv.settings import AUTO
 
@@ -51,7 +54,9 @@ _CONVOLUTIONS: dict[Any, bool] = {  # function -> whether it is transposed
     _aten.conv_transpose1d.default: True,
     _aten.conv_transpose2d.input: True,
     _aten.conv_transpose3d.input: True,
+    OPERATORS[Direction.FORWARD]: False,  # of plainconv's own functions and layers
 }
+_OUR_TRANSPOSED = OPERATORS[Direction.GRAD_INPUT]
 _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> its name, and what its arguments have to be
     _aten.relu.default: ("relu", {}),
     _aten.relu6.default: ("relu6", {}),
@@ -63,7 +68,9 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> its name,
     _aten.gelu.default: ("gelu", {"approximate": "none"}),
 }
 _NORM = _aten._native_batch_norm_legit_no_training.default
+_STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as_real.default)  # they ask how it lies
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -103,22 +110,36 @@ class Optimized(nn.Module):
 
     report: Optimization
 
-    def __init__(self, model: nn.Module, report: Optimization) -> None:
+    def __init__(self, model: nn.Module, report: Optimization, shapes: _Shapes = (), one: bool = True) -> None:
+        """shapes: of the example, where the graph is one for some sizes; one: whether it is right for a batch of 1."""
         super().__init__()
         self.model, self.report = model, report
+        self._shapes, self._one = shapes, one
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives for inputs like the example."""
+        for leaf, shape in zip(tree_leaves((args, kwargs)), self._shapes, strict=False):
+            if isinstance(leaf, Tensor) and 1 in leaf.shape:
+                self._check(leaf, shape)
         try:
             return self.model(*args, **kwargs)
         except AssertionError as error:  # torch.export's guards
-            if not str(error).startswith("Guard failed"):
-                raise
-            raise RuntimeError(
-                f"the model was optimized for inputs like its example, and for these {str(error)[:1].lower()}"
-                f"{str(error)[1:]} does not hold; call plainconv.optimize again with such inputs"
-            ) from None
+            if str(error).startswith("Guard failed: "):
+                raise _unlike(str(error).removeprefix("Guard failed: ")) from None
+            raise
+        except ValueError as error:  # its reading of arguments
+            if str(error).startswith(("Trying to flatten user inputs", "Ran into a kwarg keyword mismatch")):
+                raise TypeError(
+                    "what is optimized is called with the arguments of its example, in their form"
+                ) from None
+            raise
+
+    def _check(self, leaf: Tensor, shape: tuple[int, ...]) -> None:
+        """A graph written for sizes of 2 and more says nothing of what the model does for a size of 1."""
+        for dim, (size, example) in enumerate(zip(leaf.shape, shape, strict=False)):
+            if size == 1 != example and not (dim == 0 and self._one):
+                raise _unlike(f"a size of {example} at dimension {dim}, and not of 1,")
 
     def train(self, mode: bool = True) -> Optimized:
         """Raises RuntimeError for mode=True: what is optimized stays in evaluation mode."""
@@ -128,6 +149,12 @@ class Optimized(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.report)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        return Optimized(copy.deepcopy(self.model, memo), self.report, self._shapes, self._one)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("what is optimized cannot be pickled; pickle the model, and optimize it where it was loaded")
 
 
 def optimize(
@@ -154,6 +181,12 @@ def optimize(
         ValueError: no such algorithm.
     """
     check_algorithm(algorithm)
+    if isinstance(model, nn.Module) and any(isinstance(module, Prepacked) for module in model.modules()):
+        raise TypeError(
+            "optimize takes a model as it is, and this one is optimized already; give what it was made from"
+        )
+    if isinstance(model, nn.Module) and any(map(is_lazy, model.parameters())):
+        raise RuntimeError("a layer of the model has no weight yet; call the model once before optimize")
     if isinstance(model, nn.Module) and model.training:
         raise RuntimeError("optimize is for inference, but the model is in training mode; call model.eval() first")
     args, kwargs = _arguments_of(example_input)
@@ -161,18 +194,27 @@ def optimize(
         check_model("optimize", model)
         model = copy.deepcopy(model).requires_grad_(False)
         unswap(model)
+        layers = {name for name, layer in model.named_modules() if isinstance(layer, _ConvNd)}
         try:
-            graph = _written(model, args, kwargs)
+            graph, one = _written(model, args, kwargs)
         except Exception as error:  # whatever it is that torch.export does not understand
             line = (str(error).strip() or "nothing more").splitlines()[0]
             return _each_by_itself(model, args, kwargs, algorithm, f"torch.export says {type(error).__name__}: {line}")
         steps, kept = _fuse(graph, algorithm)
+        kept |= dict.fromkeys(sorted(layers - {*steps, *kept}), "the example did not reach it")
         last = _faster_in_channels_last(graph, steps.values(), args, kwargs)
         if last:
             _begin_in_channels_last(graph)
-        graph(*args, **kwargs)  # each convolution packs when it meets its input
+        _tried(graph, args, kwargs)  # each convolution packs when it meets its input
     told = {name: (step.functions, step.algorithm) for name, step in steps.items()}
-    return Optimized(graph, Optimization(told, kept, last, None))
+    return Optimized(graph, Optimization(told, kept, last, None), _shapes(args, kwargs), one)
+
+
+def _unlike(condition: str) -> RuntimeError:
+    return RuntimeError(
+        f"the model was optimized for inputs like its example, and for these {condition} does not hold; "
+        "call plainconv.optimize again with such inputs"
+    )
 
 
 def _arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,22 +226,71 @@ def _arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 # -- the graph -------------------------------------------------------------------------------------------------------
 
 
-def _written(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
+def _written(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, bool]:
     """The model as a graph of functions without side effects; for any batch and size, if it allows that.
 
-    torch.export takes a size of 1 for one that is always 1, so what is given a single picture is written for two.
+    torch.export takes a size of 1 for one that is always 1, so what is given a single picture is written for two; that
+    is held to the model, which might do something else with one.  Returns whether it is right for a batch of 1, too.
     """
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if all(leaf.dim() > 2 and len(leaf) == 1 for leaf in given):
+    batched = bool(given) and all(leaf.dim() > 1 and len(leaf) == len(given[0]) for leaf in given)
+    with _quiet():
+        if batched and len(given[0]) == 1:
+            with contextlib.suppress(Exception):
+                graph = _exported(model, *tree_map_only(Tensor, lambda leaf: torch.cat([leaf, leaf]), (args, kwargs)))
+                if _agree(model, graph, args, kwargs):
+                    return graph, True
         with contextlib.suppress(Exception):
-            two_args, two_kwargs = tree_map_only(Tensor, lambda leaf: torch.cat([leaf, leaf]), (args, kwargs))
-            return _exported(model, two_args, two_kwargs, True)
-    with contextlib.suppress(Exception):
-        return _exported(model, args, kwargs, True)
-    return _exported(model, args, kwargs, False)
+            graph = _exported(model, args, kwargs)
+            return graph, batched and _agree(
+                model, graph, *tree_map_only(Tensor, lambda leaf: leaf[:1], (args, kwargs))
+            )
+        return _exported(model, args, kwargs, any_size=False), False
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], any_size: bool) -> GraphModule:
+def _agree(model: nn.Module, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether both give the same for an input, but for rounding."""
+    try:
+        asked, found = (tree_leaves(_tried(of, args, kwargs)) for of in (model, graph))
+    except Exception:  # a model that takes no such batch
+        return False
+
+    def same(one: Any, other: Any) -> bool:
+        if not isinstance(one, Tensor):
+            return bool(one == other)
+        return one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
+
+    return len(asked) == len(found) and all(map(same, asked, found))
+
+
+def _tried(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What it gives; neither the arguments nor what the module keeps are changed by it."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    try:
+        return module(*args, **kwargs)
+    finally:
+        for buffer, values in before:
+            buffer.copy_(values)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shapes:
+    """Of all leaves of the arguments, in their order; () for what is no tensor."""
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in tree_leaves((args, kwargs)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export tells in the log, on many pages, what it then says in its error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, any_size: bool = True) -> GraphModule:
     sizes = ShapesCollection()
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
@@ -214,11 +305,21 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], a
 def _faster_in_channels_last(
     module: GraphModule, steps: Iterable[_Step], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the convolutions are estimated to be faster so, all together."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # to see the shape of what each is given
-        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        module(*args, **kwargs)
-    plain, last = (sum(step.seconds(last) for step in steps) for last in (False, True))
+    """Whether the convolutions are estimated to be faster so, all together; not if that cannot be known."""
+    if any(node.target in _STRIDED for node in module.graph.nodes):
+        return False
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # to see the shape of what each is given
+            for step in steps:
+                step.watches = True
+            args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            module(*args, **kwargs)
+        plain, last = (sum(step.seconds(last) for step in steps) for last in (False, True))
+    except Exception:  # shapes that depend on values
+        return False
+    finally:
+        for step in steps:
+            step.watches = False
     return last < plain
 
 
@@ -229,18 +330,24 @@ def _begin_in_channels_last(module: GraphModule) -> None:
         if node.target in (_aten.view.default, _aten._unsafe_view.default):  # what lies otherwise has no such views
             node.target = _aten.reshape.default
         if node.op == "placeholder" and (rank := _rank(node)) in _FORMATS:
-            users = [user for user in node.users if user.op != "call_module" or user.target != "_guards_fn"]
+            users = [user for user in node.users if not _keeps(user)]
             with graph.inserting_after(node):
                 turned = graph.call_method("contiguous", (node,), {"memory_format": _FORMATS[rank]})
+            turned.meta["val"] = node.meta["val"]
             for user in users:
                 user.replace_input_with(node, turned)
     (output,) = (node for node in graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
-        if _rank(node) in _FORMATS and node.op != "placeholder":
+        if _rank(node) in _FORMATS and node.op != "placeholder" and node.meta["val"].is_contiguous():
             with graph.inserting_before(output):
                 output.replace_input_with(node, graph.call_method("contiguous", (node,)))
     graph.lint()
     module.recompile()
+
+
+def _keeps(node: Node) -> bool:
+    """Whether it takes an input of the model for itself, and not for its values."""
+    return node.op == "output" or node.target in ("_guards_fn", _aten.copy_.default)
 
 
 def _rank(node: Node) -> int:
@@ -254,18 +361,25 @@ def _rank(node: Node) -> int:
 class _Step(nn.Module):
     """activation(conv(input) + residual); its weight is packed when the first real input comes."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
         super().__init__()
+        self.name = name
         self.functions: tuple[str, ...] = (_kind(options["transposed"]),)
         self.options = options
         self._given: tuple[Tensor, Tensor | None] | None = (weight, bias)  # until they are packed
         self._like: Tensor | None = None  # an input without memory
+        self.watches = False  # whether it is called to see one
         self.packed: Prepacked | None = None
 
     @property
     def algorithm(self) -> str:
         assert self.packed is not None
         return self.packed.algorithm
+
+    @property
+    def dims(self) -> int:
+        assert self._given is not None
+        return self._given[0].dim() - 2
 
     def scale(self, scale: Tensor, shift: Tensor) -> None:
         """Multiply each channel of the result, and move it; both [channels], float64."""
@@ -288,12 +402,13 @@ class _Step(nn.Module):
         memory_format = _FORMATS.get(self._like.dim(), usual) if channels_last else usual
         like = torch.empty_like(self._like, device=self._given[0].device, memory_format=memory_format)
         told = functional.explain(like, *self._given, **self.options)
-        return next(verdict.seconds for verdict in told.verdicts if verdict.algorithm.name == told.chosen)
+        seconds = {verdict.algorithm.name: verdict.seconds for verdict in (*told.verdicts, *told.packed)}
+        return seconds.get(told.chosen_packed or told.chosen, float("inf"))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.watches:
+            return self._pretend(input)
         if self.packed is None:
-            if isinstance(input, FakeTensor):
-                return self._pretend(input)
             self.packed = self._pack(input)
         return self.packed(input, residual)
 
@@ -310,7 +425,10 @@ class _Step(nn.Module):
         assert self._given is not None
         weight, bias = self._given
         self._given = None
-        return prepack(weight, input.shape, bias, memory_format=_format(input), **self.options)
+        try:
+            return prepack(weight, input.shape, bias, memory_format=_format(input), **self.options)
+        except AlgorithmRefused as error:
+            raise AlgorithmRefused(f"layer {self.name!r}: {error}") from None
 
 
 def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[str, str]]:
@@ -319,15 +437,18 @@ def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[s
     kept: dict[str, str] = {}
     constant = _Constants(module)
     for node in list(module.graph.nodes):
-        if node.target not in _CONVOLUTIONS:
+        if node.target not in _CONVOLUTIONS and node.target != _OUR_TRANSPOSED:
             continue
         name = _named(node, {*steps, *kept})
-        given = _called(node)
+        if node.target == _OUR_TRANSPOSED:
+            kept[name] = "it is plainconv's own transposed convolution, into which nothing is taken"
+            continue
+        given = _convolution(node)
         weight, bias = constant(given["weight"]), constant(given["bias"])
         if weight is None or (bias is None and given["bias"] is not None):
-            kept[name] = "its weight or bias is computed from the input"
+            kept[name] = "its weight or bias is computed in each call"
             continue
-        steps[name] = _step(node, weight, bias, algorithm)
+        steps[name] = _step(node, name, weight, bias, algorithm)
         _take_in(module, node, steps[name], constant)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
@@ -335,25 +456,32 @@ def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[s
     return steps, kept
 
 
-def _step(node: Node, weight: Tensor, bias: Tensor | None, algorithm: str) -> _Step:
+def _step(node: Node, name: str, weight: Tensor, bias: Tensor | None, algorithm: str) -> _Step:
     """The convolution by itself."""
-    given, dims = _called(node), weight.dim() - 2
+    given, dims = _convolution(node), weight.dim() - 2
     options: dict[str, Any] = {"groups": given["groups"], "algorithm": algorithm}
-    for name in ("stride", "padding", "dilation", "output_padding"):
-        if name in given:
-            value = given[name]
-            options[name] = value if isinstance(value, str) else tuple(value) * (dims if len(value) == 1 else 1)
-    return _Step(weight, bias, options | {"transposed": _CONVOLUTIONS[node.target]})
+    if "padding_mode" in given:
+        options["padding_mode"] = given["padding_mode"]
+    for option in ("stride", "padding", "dilation", "output_padding"):
+        if option in given:
+            value = given[option]
+            options[option] = value if isinstance(value, str) else tuple(value) * (dims if len(value) == 1 else 1)
+    return _Step(name, weight, bias, options | {"transposed": _CONVOLUTIONS[node.target]})
 
 
 def _take_in(module: GraphModule, node: Node, step: _Step, constant: _Constants) -> None:
     """Put a call of the step in the place of the last function that it takes in."""
-    graph, source, last, residual = module.graph, _called(node)["input"], node, None
-    if (padding := _padding_of(source)) and not step.options["transposed"] and not any(step.options["padding"]):
+    graph, source, last, residual = module.graph, _convolution(node)["input"], node, None
+    if (
+        (padding := _padding_of(source, step.dims))
+        and not step.options["transposed"]
+        and not any(step.options["padding"])
+    ):
         step.options |= padding
         step.functions = ("pad", *step.functions)
         source = _called(source)["self"]
-    if (user := _only_user(last)) and user.target is _NORM and (norm := _norm_of(user, constant)):
+    batched = _rank(node) == step.dims + 2  # without a batch, a norm's channels are not the convolution's
+    if batched and (user := _only_user(last)) and user.target is _NORM and (norm := _norm_of(user, constant)):
         (last,) = user.users
         step.scale(*norm)
         step.functions += ("batch_norm",)
@@ -377,6 +505,8 @@ class _Constants:
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
+        written = (node.args[0] for node in module.graph.nodes if node.target is _aten.copy_.default)
+        self._changing = {node.target for node in written if isinstance(node, Node)}  # buffers that a call changes
         self._known: dict[Node, Any] = {}
 
     def __call__(self, node: Any) -> Tensor | None:
@@ -391,7 +521,7 @@ class _Constants:
 
     def _computed(self, node: Node) -> Any:
         if node.op == "get_attr":
-            return attrgetter(str(node.target))(self._module)
+            return None if node.target in self._changing else attrgetter(str(node.target))(self._module)
         tags = getattr(node.target, "tags", ())
         if node.op != "call_function" or not node.all_input_nodes or torch.Tag.nondeterministic_seeded in tags:
             return None
@@ -413,6 +543,15 @@ def _called(node: Node) -> dict[str, Any]:
     return {argument.name: given.get(argument.name, argument.default_value) for argument in known}
 
 
+def _convolution(node: Node) -> dict[str, Any]:
+    """The arguments of a convolution, as plainconv's functions call them."""
+    given = _called(node)
+    if node.target == OPERATORS[Direction.FORWARD]:
+        sides = given["padding"]
+        given |= {"input": given["x"], "weight": given["w"], "padding": [*zip(sides[::2], sides[1::2], strict=True)]}
+    return given
+
+
 def _only_user(node: Node) -> Node | None:
     """What reads it, if that is one function alone."""
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -425,11 +564,13 @@ def _named(node: Node, taken: set[str]) -> str:
     return name if name not in taken else next(f"{name} ({n})" for n in count(2) if f"{name} ({n})" not in taken)
 
 
-def _padding_of(node: Any) -> dict[str, Any] | None:
+def _padding_of(node: Any, dims: int) -> dict[str, Any] | None:
     """padding= and padding_mode= that do what the function does, if it is a padding that nothing else reads."""
     if not isinstance(node, Node) or node.target is not _aten.pad.default or not _only_user(node):
         return None
-    given, dims = _called(node), _rank(node) - 2
+    given = _called(node)
+    if _rank(node) != dims + 2:
+        return None
     sides, mode = given["pad"], given["mode"]
     if mode == "constant":
         mode = "zeros" if not given["value"] else None
@@ -470,7 +611,8 @@ def _residual_of(node: Node, other: Node) -> Node | None:
 
 
 def _activation_of(node: Node) -> str | None:
-    if node.target not in _ACTIVATIONS:
+    value = node.meta.get("val")
+    if node.target not in _ACTIVATIONS or not isinstance(value, Tensor) or not value.is_floating_point():
         return None
     name, asked = _ACTIVATIONS[node.target]
     given = _called(node)
@@ -487,11 +629,11 @@ def _each_by_itself(
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, _ConvNd)}
     inputs: dict[nn.Module, Tensor] = {}
 
-    def see(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        inputs.setdefault(layer, given[0])
+    def see(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.setdefault(layer, given[0] if given else named["input"])
 
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
-    model(*args, **kwargs)
+    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    _tried(model, args, kwargs)
     for hook in hooks:
         hook.remove()
     fused: dict[str, tuple[tuple[str, ...], str]] = {}
@@ -510,6 +652,7 @@ def _each_by_itself(
         else:
             fused[name] = (_kind(layer.transposed),), packed[layer].algorithm
     for changed, call in packed.items():  # it stays what it is to those who read its attributes
+        changed.add_module("prepacked", call)
         changed.forward = call.forward
     return Optimized(model, Optimization(fused, kept, False, why))
 

@@ -99,7 +99,7 @@ def watched(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> T
 
 
 def _operate(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> Tensor:
-    return _OPERATORS[make.direction](first, second, bias, *make.operands())
+    return OPERATORS[make.direction](first, second, bias, *make.operands())
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -668,4 +668,4 @@ def _define(direction: Direction) -> Callable[..., Tensor]:
     return operator
 
 
-_OPERATORS = {direction: _define(direction) for direction in Direction}
+OPERATORS = {direction: _define(direction) for direction in Direction}

@@ -1,6 +1,7 @@
 """optimize: what is fused into a convolution, what is left alone, and results beside the model's own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import plainconv
+from plainconv import fuse, inference
 from plainconv.fuse import Optimized
+from plainconv.ops import is_channels_last
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +222,7 @@ def test_a_weight_that_depends_on_the_input_is_left_to_torch():
     model = Plain(lambda self, x: F.conv2d(self.c(x), x.mean((2, 3), keepdim=True)), c=nn.Conv2d(2, 2, 1)).eval()
     x = torch.randn(2, 2, 5, 5)
     fast = plainconv.optimize(model, x)
-    assert list(fast.report.kept.values()) == ["its weight or bias is computed from the input"]
+    assert list(fast.report.kept.values()) == ["its weight or bias is computed in each call"]
     same(model, fast, x)
 
 
@@ -241,14 +244,122 @@ def test_other_batches_and_sizes_and_formats():
         same(model, fast, torch.randn(shape).to(memory_format=torch.channels_last))
 
 
+@pytest.fixture
+def in_channels_last(monkeypatch):
+    monkeypatch.setattr(fuse, "_faster_in_channels_last", lambda module, steps, args, kwargs: True)
+
+
+@pytest.mark.usefixtures("in_channels_last")
 def test_channels_last_begins_at_the_door_and_ends_there():
-    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(3))).eval()
-    model.append(Plain(lambda self, x: (x, x.view(x.shape[0], -1))))
-    x = torch.randn(2, 64, 28, 28)
+    seen = []
+    look = Plain(lambda self, x: (x, x.view(x.shape[0], -1), x.permute(0, 2, 3, 1)))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), look).eval()
+    x = torch.randn(2, 3, 28, 28)
     fast = plainconv.optimize(model, x)
+    assert fast.report.channels_last
+    for packed in (module for module in fast.modules() if isinstance(module, inference.Prepacked)):
+        packed.register_forward_pre_hook(lambda _, given: seen.append(is_channels_last(given[0])))
     same(model, fast, x)
+    assert seen == [True, True]
     with torch.no_grad():
-        assert fast(x)[0].is_contiguous()
+        results = fast(x)
+    assert results[0].is_contiguous()
+
+
+@pytest.mark.usefixtures("in_channels_last")
+def test_an_input_that_is_changed_or_returned_in_channels_last():
+    def changes(self, x):
+        y = self.c(x)
+        x.add_(1)
+        return y, x
+
+    model = Plain(changes, c=nn.Conv2d(3, 4, 3)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    before = x.clone()
+    fast = plainconv.optimize(model, x)
+    assert torch.equal(x, before), "the example is the caller's"
+    mine, yours = x.clone(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(mine), model(yours), rtol=1e-4, atol=1e-5)
+    assert torch.equal(mine, yours)
+    assert fast(mine)[1].is_contiguous()
+
+
+def test_the_choice_of_channels_last_is_that_of_the_estimates():
+    """Depthwise layers of many channels are quicker so; three to three channels are not."""
+    wide = nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1, groups=256) for _ in range(2))).eval()
+    few = nn.Sequential(nn.Conv2d(3, 3, 3)).eval()
+    assert plainconv.optimize(wide, torch.randn(4, 256, 14, 14)).report.channels_last
+    assert not plainconv.optimize(few, torch.randn(1, 3, 64, 64)).report.channels_last
+
+
+def test_a_model_that_does_something_else_with_one():
+    model = Plain(lambda self, x: self.c(x) * 2 if x.shape[0] == 1 else self.c(x), c=nn.Conv2d(2, 3, 3)).eval()
+    one, two = torch.randn(1, 2, 6, 6), torch.randn(2, 2, 6, 6)
+    for example, other in ((one, two), (two, one)):
+        fast = plainconv.optimize(model, example)
+        same(model, fast, example)
+        with pytest.raises(RuntimeError, match=r"call plainconv\.optimize again"), torch.no_grad():
+            fast(other)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_without_a_batch(dims):
+    """(C, L) is a batch of features to BatchNorm1d, and padding has one dimension less before it."""
+    conv = getattr(nn, f"Conv{dims}d")(4, 9, 3, padding=1)
+    norm = nn.BatchNorm1d(9) if dims == 1 else nn.Identity()
+    model = settle(Plain(lambda self, x: self.n(self.c(F.pad(x, (1, 2)))), c=conv, n=norm))
+    x = torch.randn(4, *range(6, 6 + dims))
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"c": ("conv",)}
+    same(model, fast, x)
+
+
+def test_buffers_that_a_call_changes():
+    def counts(self, x):
+        y = F.conv2d(x, self.weight * self.n)
+        self.n.add_(1)
+        return y
+
+    model = Plain(counts, weight=nn.Parameter(torch.randn(4, 2, 3, 3)))
+    model.register_buffer("n", torch.ones(()))
+    x = torch.randn(1, 2, 6, 6)
+    fast = plainconv.optimize(model.eval(), x)
+    assert list(fast.report.kept.values()) == ["its weight or bias is computed in each call"]
+    for _ in range(3):
+        same(model, fast, x)
+
+
+SHAPES_BY_VALUE = {
+    "of the result": lambda self, x: (lambda y: y[y > 0.5])(self.c(x)),
+    "a constant input": lambda self, x: self.c(x + self.d(self.p)),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES_BY_VALUE)
+def test_shapes_that_are_known_only_by_running(kind):
+    model = Plain(SHAPES_BY_VALUE[kind], c=nn.Conv2d(2, 3, 3), d=nn.Conv2d(2, 2, 1))
+    model.p = nn.Parameter(torch.randn(1, 2, 6, 6))
+    x = torch.randn(1, 2, 6, 6)
+    same(model, plainconv.optimize(model.eval(), x), x)
+
+
+def test_plainconvs_own_layers_take_in_what_follows():
+    ours = plainconv.nn.Conv2d(3, 4, 3, padding=((1, 2), (0, 1)), padding_mode="reflect", stride=2)
+    model = settle(nn.Sequential(ours, nn.BatchNorm2d(4), nn.ReLU(), plainconv.nn.ConvTranspose2d(4, 2, 2)))
+    x = torch.randn(1, 3, 9, 8)
+    fast = plainconv.optimize(model, x)
+    assert fused(fast) == {"0": ("conv", "batch_norm", "relu")}
+    assert list(fast.report.kept) == ["3"]
+    same(model, fast, x)
+
+
+def test_under_autocast():
+    block = Plain(lambda self, x: F.relu(self.c(x) + x), c=nn.Conv2d(4, 4, 3, padding=1)).eval()
+    x = torch.randn(2, 4, 6, 6)
+    fast = plainconv.optimize(block, x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fast(x).float(), block(x).float(), rtol=0.05, atol=0.05)
 
 
 def test_inputs_by_name_and_results_of_any_form():
@@ -312,6 +423,27 @@ def test_what_it_refuses():
     with pytest.raises(RuntimeError, match="for inference"):
         fast.train()
     assert not fast.eval().training
+
+
+def test_what_it_cannot_be_asked_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    x = torch.randn(1, 3, 6, 6)
+    fast = plainconv.optimize(model, x)
+    for wrong in ((), (x, x)):
+        with pytest.raises(TypeError, match="with the arguments of its example"):
+            fast(*wrong)
+    with pytest.raises(TypeError, match="optimized already"):
+        plainconv.optimize(fast, x)
+    with pytest.raises(TypeError, match="are prepacked"):
+        plainconv.profile(fast, x)
+    with pytest.raises(TypeError, match="pickle the model"):
+        pickle.dumps(fast)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+    with pytest.raises(plainconv.AlgorithmRefused, match="layer '0': algorithm='winograd' refuses"):
+        plainconv.optimize(model, x, algorithm="winograd")
+    with pytest.raises(RuntimeError, match="no weight yet"):
+        plainconv.optimize(nn.LazyConv2d(4, 3).eval(), x)
 
 
 def test_the_report_prints_as_a_table():

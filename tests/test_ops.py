@@ -1171,7 +1171,7 @@ def test_other_shapes_than_the_problems_are_refused_by_the_operator():
 @directions
 def test_other_types_or_a_bias_of_another_length_are_refused_by_the_operator(direction):
     first, second, bias, make = of_problem("n1 c3 o4 x6 k3", direction, torch.float32, bias=True)
-    operator = ops._OPERATORS[direction]
+    operator = ops.OPERATORS[direction]
     with pytest.raises(RuntimeError, match="tensors of one type and device"):
         operator(first.double(), second, None, *make.operands())
     if bias is not None:
