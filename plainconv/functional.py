@@ -414,8 +414,9 @@ def _finished(
     def apart(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         result = _call(function, dims, input, weight, bias, options)
         if residual is not None:
-            check_residual(residual, result.shape, input)
-            residual = residual.to(result.dtype)  # that of autocast
+            cast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+            residual = residual.to(result.dtype) if cast else residual
+            check_residual(residual, result.shape, result)
         return finished(result, activation, residual)
 
     if torch.compiler.is_compiling() or any(

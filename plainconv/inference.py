@@ -9,6 +9,7 @@ another size or memory format it chooses again, and shares what was made of the 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ _SETTINGS = ("algorithm", "max_workspace", "allow_builtin")
 _Run = Callable[[Tensor, Tensor | None], Tensor]  # of an input, and a residual
 _Ready = tuple[Callable[..., bool], bool, _Run]  # fits, whether it asks for a gradient, and runs
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
+_counting = threading.Lock()  # while some are counted, none may come
 
 
 class Prepacked(nn.Module):
@@ -69,7 +71,7 @@ class Prepacked(nn.Module):
         self._weight, self._bias, self._last = weight.contiguous(), bias, ops.is_channels_last(weight)
         self._ready: dict[Any, tuple[_Ready, ...]] = {}
         self._made: Made = {}
-        _alive.add(self)
+        _count(self)
         first, make, _ = self._settled(input)
         self.request = self._asked(first, make)
         self.algorithm = plan(self.request, make.settings.algorithm).algorithm.name
@@ -108,7 +110,7 @@ class Prepacked(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _alive.add(self)
+        _count(self)
 
     # -- how it is done ----------------------------------------------------------------------------------------------
 
@@ -185,8 +187,15 @@ def _key(input: Tensor, residual: Tensor | None) -> Any:
     return input.shape, residual is None, residual is input, torch.get_num_threads()
 
 
+def _count(prepacked: Prepacked) -> None:
+    with _counting:
+        _alive.add(prepacked)
+
+
 def _forget() -> None:
-    for prepacked in tuple(_alive):
+    with _counting:
+        alive = tuple(_alive)
+    for prepacked in alive:
         prepacked._ready.clear()
 
 

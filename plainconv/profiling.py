@@ -11,7 +11,7 @@ swapped, plainconv.nn's, torch's, or none at all (a function called in some forw
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from plainconv import functional, ops
+from plainconv.inference import Prepacked
 from plainconv.plan import Explanation
 from plainconv.problem import ConvProblem, Direction
 from plainconv.replace import check_model
@@ -168,12 +169,17 @@ def profile(model: nn.Module, *inputs: Any, training: bool = False, seconds: flo
 
     Raises:
         RuntimeError: the model is wrapped for training in parallel, or compiled.
-        TypeError: the model is no module.
+        TypeError: the model is no module, or has prepacked convolutions.
         Whatever the model raises.
     """
     check_model("profile", model)
+    if any(isinstance(module, Prepacked) for module in model.modules()):
+        raise TypeError(
+            "profile sees calls of layers and functions, and convolutions of this model are prepacked; "
+            "give it the model that it was made from"
+        )
     run = partial(_step if training else _forward, model, inputs, named)
-    with _as_it_was(model, training):
+    with _as_it_was(model, training, tree_leaves((inputs, named))):
         with _names_of(model) as stack, _Noting(stack) as noting:
             run()
         keep_freed_memory()
@@ -208,11 +214,17 @@ def _step(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, training: bool) -> Iterator[None]:
+def _as_it_was(model: nn.Module, training: bool, inputs: Sequence[Any]) -> Iterator[None]:
     """Modes, buffers, gradients and random numbers are afterwards what they were."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    asking = [leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf]
+    gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *asking)]
     try:
         with torch.random.fork_rng():
             model.train(training)
@@ -225,7 +237,8 @@ def _as_it_was(model: nn.Module, training: bool) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, values in buffers:
+            for own, name, buffer, values in buffers:
+                own[name] = buffer
                 buffer.copy_(values)
 
 

@@ -384,3 +384,14 @@ def test_a_residual_that_does_not_fit_and_an_unknown_activation():
             plainconv.prepack(layer, x.shape, activation="tanh")
     with pytest.raises(RuntimeError, match="has no gradients"):
         fast(x, torch.randn(1, 4, 4, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+def test_a_kernel_as_large_as_the_image_in_both_formats(first):
+    """The columns of its matrix are in another order in each, and packed apart."""
+    w, x = torch.randn(64, 64, 4, 4), torch.randn(3, 64, 4, 4)
+    with torch.no_grad():
+        fast, asked = plainconv.prepack(w, x.shape, memory_format=first), F.conv2d(x, w)
+        for _ in range(2):
+            for lies in (x, x.to(memory_format=torch.channels_last)):
+                torch.testing.assert_close(fast(lies), asked, rtol=1e-4, atol=1e-3)

@@ -73,7 +73,7 @@ def local_device(name: str) -> str:
     local = os.environ.get("LOCAL_RANK")
     if local is None or not name.startswith("cuda"):
         return name
-    if name != "cuda" and int(os.environ["WORLD_SIZE"]) > 1:
+    if name != "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"device {name!r} is one GPU, and each process needs its own: say cuda")
     return f"cuda:{local}" if name == "cuda" else name
 
