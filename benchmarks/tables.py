@@ -27,6 +27,7 @@ from plainconv import bench, plots
 from plainconv.menu import fitted
 
 RESULTS = Path(__file__).parent.parent / "results"
+BOUNDS = RESULTS / "bounds.json"  # suite -> direction -> a sentence of ours, from profiles; docs/log.md has the figures
 DIRECTIONS = {"forward": ("float32", "float64", "bfloat16"), "train": ("float32",)}  # and the types of each
 TITLES = {"forward": "Forward", "train": "Forward and both gradients"}
 HEAD = (
@@ -85,6 +86,9 @@ def page(direction: str, found: dict[str, Records]) -> str:
         "Below each table: what misses its threshold, and what is slower than torch. A layer marked * is a call that "
         "torch finishes in under 25 us.",
     ]
+    known: dict[str, dict[str, str]] = json.loads(BOUNDS.read_text())
+    suites = dict.fromkeys(suite for records in found.values() for suite in records)
+    text += ["## What bounds each suite", "\n".join(f"- {suite}: {known[suite][direction]}" for suite in suites)]
     for dtype, records in found.items():
         text += [f"## {dtype}", conditions(list(records.values())), table(records), *regrets(records)]
         text += [*misses(records), *losses(records)]

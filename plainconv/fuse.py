@@ -176,22 +176,22 @@ def optimize(
         differ by what plainconv.explain says.
 
     Raises:
-        RuntimeError: the model is in training mode, wrapped or compiled.
-        TypeError: the model is no module.
-        ValueError: no such algorithm.
+        RuntimeError: the model is in training mode, wrapped, compiled, or has a lazy layer that was not called yet.
+        TypeError: the model is no module, or is optimized already.
+        ValueError, AlgorithmRefused: no such algorithm, or one that cannot serve a layer, which the message names.
     """
     check_algorithm(algorithm)
-    if isinstance(model, nn.Module) and any(isinstance(module, Prepacked) for module in model.modules()):
+    check_model("optimize", model)
+    if any(isinstance(module, Prepacked) for module in model.modules()):
         raise TypeError(
             "optimize takes a model as it is, and this one is optimized already; give what it was made from"
         )
-    if isinstance(model, nn.Module) and any(map(is_lazy, model.parameters())):
+    if any(map(is_lazy, model.parameters())):
         raise RuntimeError("a layer of the model has no weight yet; call the model once before optimize")
-    if isinstance(model, nn.Module) and model.training:
+    if model.training:
         raise RuntimeError("optimize is for inference, but the model is in training mode; call model.eval() first")
     args, kwargs = _arguments_of(example_input)
     with torch.inference_mode(False), torch.no_grad():
-        check_model("optimize", model)
         model = copy.deepcopy(model).requires_grad_(False)
         unswap(model)
         layers = {name for name, layer in model.named_modules() if isinstance(layer, _ConvNd)}

@@ -21,6 +21,13 @@ def test_mnist_ends_within_a_point_of_torch_and_above_93_percent(seed):
     assert min(ours, theirs) > 0.93
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_epoch_of_mnist_takes_at_most_two_fifths_of_torchs_time(seed):
+    runs = load(f"mnist-seed-{seed}.json")["runs"]
+    ours, theirs = (runs[name][-1]["seconds"] for name in ("plainconv", "torch"))
+    assert ours <= 0.4 * theirs
+
+
 def test_digits_end_above_90_percent():
     training = load("compare.json")["training"]
     assert training["dataset"] == "digits"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,12 @@ def test_it_writes_and_checks(tmp_path):
     assert (tmp_path / "forward-float32.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "forward.md").write_text("something else")
     assert tables("--check") == 1
+
+
+def test_every_suite_is_told_what_bounds_it(tables):
+    known = json.loads(tables.BOUNDS.read_text())
+    assert set(known) == set(bench.load())
+    assert all(set(told) == {"forward", "train"} and all(told.values()) for told in known.values())
 
 
 def test_the_tables_are_what_the_records_say():
