@@ -296,8 +296,8 @@ def _call(
     if activation is not None or residual is not None:
         return _finished(function, dims, input, weight, bias, options, activation, residual)
     if has_torch_function((input, weight, bias)):
-        spelled = _spelled(function, options)
-        return handle_torch_function(function, (input, weight, bias), input, weight, bias, **spelled)
+        named = spelled(function, options)
+        return handle_torch_function(function, (input, weight, bias), input, weight, bias, **named)
     if not torch.compiler.is_compiling():
         key = _key(function, input, weight, bias, options)
         for fits, run, recorded in _READY.get(key, ()):
@@ -307,7 +307,7 @@ def _call(
         if (watch := ops.watching(input, weight, bias)) is not ops.Watch.ELSE:
             first, make, batched = settled(function.__name__, dims, input, weight, bias, Options(*options))
             call = ops.remembered(first, weight, bias, make)
-            run, recorded = (way if batched else _unbatched(way) for way in (call.run, call.recorded))
+            run, recorded = (way if batched else unbatched(way) for way in (call.run, call.recorded))
             if key is not None:
                 given = (input, weight) if bias is None else (input, weight, bias)
                 asks = any(tensor.requires_grad for tensor in given)
@@ -323,11 +323,12 @@ def _call(
     return result if batched else result.squeeze(0)
 
 
-def _spelled(function: Callable[..., Tensor], options: tuple[Any, ...]) -> dict[str, Any]:
-    spelled = Options(*options)._asdict()
+def spelled(function: Callable[..., Tensor], options: tuple[Any, ...]) -> dict[str, Any]:
+    """The options that one of the six functions has, by their names."""
+    named = Options(*options)._asdict()
     if "transpose" not in function.__name__:
-        del spelled["output_padding"]
-    return spelled
+        del named["output_padding"]
+    return named
 
 
 _Run = Callable[..., Tensor]
@@ -359,8 +360,15 @@ def _key(
         return None
 
 
-def _unbatched(run: _Run) -> _Run:
-    return lambda input, weight, bias: run(input.unsqueeze(0), weight, bias).squeeze(0)
+def unbatched(run: _Run) -> _Run:
+    """The same for an input, and a residual, without a batch."""
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return run(input.unsqueeze(0), weight, bias).squeeze(0)
+        return run(input.unsqueeze(0), weight, bias, residual.unsqueeze(0)).squeeze(0)
+
+    return call
 
 
 # -- what comes behind -----------------------------------------------------------------------------------------------
@@ -395,8 +403,8 @@ def _finished(
 ) -> Tensor:
     """activation(convolution + bias + residual), as one call if nothing watches."""
     if has_torch_function((input, weight, bias, residual)):
-        spelled = {**_spelled(function, options), "activation": activation, "residual": residual}
-        return handle_torch_function(function, (input, weight, bias, residual), input, weight, bias, **spelled)
+        named = {**spelled(function, options), "activation": activation, "residual": residual}
+        return handle_torch_function(function, (input, weight, bias, residual), input, weight, bias, **named)
     if not torch.compiler.is_compiling():
         own = residual is not None and residual is not input
         given = tuple(tensor for tensor in (input, weight, bias, residual if own else None) if tensor is not None)
@@ -414,8 +422,7 @@ def _finished(
     def apart(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         result = _call(function, dims, input, weight, bias, options)
         if residual is not None:
-            cast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-            residual = residual.to(result.dtype) if cast else residual
+            residual = residual.to(result.dtype) if _casts(input) else residual
             check_residual(residual, result.shape, result)
         return finished(result, activation, residual)
 
@@ -430,12 +437,7 @@ def _finished(
         check_residual(residual, make.shape if batched else make.shape[1:], input)
     behind = residual if batched or residual is None else residual.unsqueeze(0)
     call = ops.remembered(first, weight, bias, make, activation=activation, residual=behind).run
-
-    def unbatched(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        behind = None if residual is None else residual.unsqueeze(0)
-        return call(input.unsqueeze(0), weight, bias, behind).squeeze(0)
-
-    together = call if batched else unbatched
+    together = call if batched else unbatched(call)
     if key is not None:
         asks = any(tensor.requires_grad for tensor in given)
         ops.remember(_READY, key, (ops.guard(*given), together, apart if asks else together))
@@ -456,9 +458,11 @@ def check_residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> Non
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
-        return ops.autocast(input, weight, bias)
-    return input, weight, bias
+    return ops.autocast(input, weight, bias) if _casts(input) else (input, weight, bias)
+
+
+def _casts(input: Tensor) -> bool:
+    return input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
 
 
 def settled(

@@ -39,7 +39,7 @@ from plainconv.inference import Prepacked, prepack
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.ops import OPERATORS, is_channels_last
 from plainconv.plan import check_algorithm
-from plainconv.problem import PADDING_MODES, Direction
+from plainconv.problem import FORMATS, PADDING_MODES, Direction
 from plainconv.replace import check_model, unswap
 from plainconv.settings import AUTO
 
@@ -69,7 +69,6 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> its name,
 }
 _NORM = _aten._native_batch_norm_legit_no_training.default
 _STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as_real.default)  # they ask how it lies
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -329,16 +328,16 @@ def _begin_in_channels_last(module: GraphModule) -> None:
     for node in graph.nodes:
         if node.target in (_aten.view.default, _aten._unsafe_view.default):  # what lies otherwise has no such views
             node.target = _aten.reshape.default
-        if node.op == "placeholder" and (rank := _rank(node)) in _FORMATS:
+        if node.op == "placeholder" and (rank := _rank(node)) in FORMATS:
             users = [user for user in node.users if not _keeps(user)]
             with graph.inserting_after(node):
-                turned = graph.call_method("contiguous", (node,), {"memory_format": _FORMATS[rank]})
+                turned = graph.call_method("contiguous", (node,), {"memory_format": FORMATS[rank]})
             turned.meta["val"] = node.meta["val"]
             for user in users:
                 user.replace_input_with(node, turned)
     (output,) = (node for node in graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
-        if _rank(node) in _FORMATS and node.op != "placeholder" and node.meta["val"].is_contiguous():
+        if _rank(node) in FORMATS and node.op != "placeholder" and node.meta["val"].is_contiguous():
             with graph.inserting_before(output):
                 output.replace_input_with(node, graph.call_method("contiguous", (node,)))
     graph.lint()
@@ -399,7 +398,7 @@ class _Step(nn.Module):
         assert self._given is not None
         assert self._like is not None
         usual = torch.contiguous_format
-        memory_format = _FORMATS.get(self._like.dim(), usual) if channels_last else usual
+        memory_format = FORMATS.get(self._like.dim(), usual) if channels_last else usual
         like = torch.empty_like(self._like, device=self._given[0].device, memory_format=memory_format)
         told = functional.explain(like, *self._given, **self.options)
         seconds = {verdict.algorithm.name: verdict.seconds for verdict in (*told.verdicts, *told.packed)}
@@ -658,7 +657,7 @@ def _each_by_itself(
 
 
 def _format(input: Tensor) -> torch.memory_format:
-    return _FORMATS[input.dim()] if is_channels_last(input) else torch.contiguous_format
+    return FORMATS[input.dim()] if is_channels_last(input) else torch.contiguous_format
 
 
 def _kind(transposed: bool) -> str:

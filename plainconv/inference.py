@@ -27,13 +27,12 @@ from plainconv.functional import Options
 from plainconv.menu import separable
 from plainconv.menu.base import Made
 from plainconv.plan import ask, check_algorithm, plan
-from plainconv.problem import Request, check_activation
+from plainconv.problem import FORMATS, Request, check_activation
 from plainconv.remember import on_forget
 from plainconv.replace import algorithm_of, other_forward
 from plainconv.settings import AUTO, resolve
 
 MOST_MADE = 4  # weights, packed or transformed in different ways, that a call keeps
-_FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = ("algorithm", "max_workspace", "allow_builtin")
 _Run = Callable[[Tensor, Tensor | None], Tensor]  # of an input, and a residual
@@ -127,14 +126,12 @@ class Prepacked(nn.Module):
             last = list(made)[-1]
             self._made, self._ready = {last: made[last]}, {}
 
-        def run(input: Tensor, residual: Tensor | None) -> Tensor:
+        if not batched:
+            call = functional.unbatched(call)
+
+        def found(input: Tensor, residual: Tensor | None) -> Tensor:
             return call(input, weight, bias, residual)
 
-        def unbatched(input: Tensor, residual: Tensor | None) -> Tensor:
-            behind = None if residual is None else residual.unsqueeze(0)
-            return call(input.unsqueeze(0), weight, bias, behind).squeeze(0)
-
-        found = run if batched else unbatched
         given = _given(input, residual)
         asks = any(tensor.requires_grad for tensor in given)
         ops.remember(self._ready, _key(input, residual), (ops.guard(*given), asks, found))
@@ -168,10 +165,8 @@ class Prepacked(nn.Module):
         _no_gradients(*_given(input, residual))
         weight = self._weight
         if self._last:
-            weight = weight.contiguous(memory_format=_FORMATS[weight.dim()])
-        spelled = self._options._asdict()
-        if "transpose" not in self._function.__name__:
-            del spelled["output_padding"]
+            weight = weight.contiguous(memory_format=FORMATS[weight.dim()])
+        spelled = functional.spelled(self._function, self._options)
         behind = {"activation": self._activation, "residual": residual}
         result: Tensor = self._function(input, weight, self._bias, **spelled, **behind)
         return result
@@ -265,7 +260,7 @@ def prepack(
         own = [None if of is None else of.detach().clone().resolve_conj().resolve_neg() for of in (weight, bias)]
         if memory_format is None:
             last = ops.is_channels_last(weight) and len(input_shape) == weight.dim()
-            memory_format = _FORMATS[weight.dim()] if last else torch.contiguous_format
+            memory_format = FORMATS[weight.dim()] if last else torch.contiguous_format
         like: Any = {"dtype": weight.dtype, "device": weight.device, "memory_format": memory_format}
         assert own[0] is not None
         return Prepacked(own[0], own[1], transposed, options, activation, torch.empty(tuple(input_shape), **like))

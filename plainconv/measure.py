@@ -24,7 +24,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.store import Store, user_store
 from plainconv.menu.base import Tensors
-from plainconv.problem import Request
+from plainconv.problem import FORMATS, Request
 from plainconv.timing import Timing, in_turn, processor
 from plainconv.version import __version__
 
@@ -35,7 +35,6 @@ HOPELESS = 20.0  # an algorithm whose estimate is so many times the best time so
 HOPELESS_S = 0.05  # ... if it is estimated at so many seconds or more
 MAX_HELD = 4096  # requests whose records are kept in memory, where the disk cannot keep them
 _MAGIC = b"plainconv records 1\n"
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Record(NamedTuple):
@@ -98,8 +97,8 @@ def _tensors(request: Request) -> tuple[Tensors, Tensor]:
         return made
 
     def empty(shape: tuple[int, ...]) -> Tensor:
-        last = request.channels_last and len(shape) in _FORMATS
-        memory_format = _FORMATS[len(shape)] if last else torch.contiguous_format
+        last = request.channels_last and len(shape) in FORMATS
+        memory_format = FORMATS[len(shape)] if last else torch.contiguous_format
         return torch.empty(shape, dtype=request.dtype, device=request.device, memory_format=memory_format)
 
     made = problem.shape_of(direction.makes)

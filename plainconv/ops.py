@@ -35,14 +35,13 @@ from torch.autograd import forward_ad
 from plainconv.memory import LARGE, lent
 from plainconv.menu.base import Made, Tensors, finish, sum_for_bias
 from plainconv.plan import plan
-from plainconv.problem import ConvProblem, Direction, Geometry, Request
+from plainconv.problem import FORMATS, ConvProblem, Direction, Geometry, Request
 from plainconv.remember import on_forget
 from plainconv.settings import Settings
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _Kept = TypeVar("_Kept")
 _Run = Callable[..., Tensor]  # of the first, the second, the bias or None, and a residual, if there is one
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Make(NamedTuple):
@@ -105,7 +104,7 @@ def _operate(first: Tensor, second: Tensor, bias: Tensor | None, make: Make) -> 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether torch would suggest channels_last for a result made from this tensor (its suggest_memory_format)."""
     strides = tensor.stride()
-    if len(strides) not in _FORMATS or strides[1] > strides[-1]:
+    if len(strides) not in FORMATS or strides[1] > strides[-1]:
         return False
     # From the innermost dimension out, strides must grow; in a tie at the batch, torch prefers contiguous.
     least: int = 0
@@ -360,7 +359,7 @@ def remember(memory: dict[Any, tuple[_Kept, ...]], key: Any, call: _Kept) -> Non
 
 
 def _empty(like: Tensor, make: Make) -> Tensor:
-    memory_format = _FORMATS[len(make.shape)] if make.channels_last else torch.contiguous_format
+    memory_format = FORMATS[len(make.shape)] if make.channels_last else torch.contiguous_format
     return torch.empty(make.shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 

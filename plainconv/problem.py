@@ -21,6 +21,7 @@ import torch
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 DEFAULT_MAX_WORKSPACE = 1 << 30
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # channels_last, by a tensor's dimensions
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "gelu")
 
 Pair = tuple[int, int]

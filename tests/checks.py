@@ -15,6 +15,7 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,6 +42,16 @@ ACTIVATIONS = {  # the definitions, in the type of their argument
     "sigmoid": lambda t: 1 / (1 + (-t).exp()),
     "silu": lambda t: t / (1 + (-t).exp()),
     "gelu": lambda t: t / 2 * (1 + torch.erf(t / math.sqrt(2))),
+}
+TORCHS = {  # torch's own
+    None: lambda t: t,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
 }
 STEEPEST = 1.5  # slope of any of them
 

@@ -11,7 +11,7 @@ Both sides are given the very same tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,11 @@ from torch import Tensor
 from plainconv import functional, inference
 from plainconv.bench.suites import Layer
 from plainconv.plan import Explanation
-from plainconv.problem import Direction
+from plainconv.problem import FORMATS, Direction
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight", "train")
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 Call = Callable[[], tuple[Tensor, ...]]  # what a direction makes: one tensor; y, dx and dw for "train"
 
@@ -41,7 +40,7 @@ class Tensors(NamedTuple):
         """The same values in a memory format, all three."""
 
         def convert(tensor: Tensor) -> Tensor:
-            like = torch.contiguous_format if layout == CONTIGUOUS else _FORMATS[tensor.dim()]
+            like = torch.contiguous_format if layout == CONTIGUOUS else FORMATS[tensor.dim()]
             return tensor.contiguous(memory_format=like)
 
         return Tensors(*map(convert, self))
@@ -106,36 +105,27 @@ def ours(layer: Layer, direction: str, given: Tensors, algorithm: str = "auto") 
 
 def prepacked(layer: Layer, given: Tensors) -> inference.Prepacked:
     """plainconv's for inference, made for this input and weight."""
-    p, x = layer.problem, given.x
-    return inference.prepack(
-        given.w,
-        x.shape,
-        None,
-        p.stride,
-        p.padding,
-        p.dilation,
-        p.groups,
-        transposed=layer.transposed,
-        output_padding=layer.output_padding if layer.transposed else 0,
-        memory_format=torch.contiguous_format if x.is_contiguous() else _FORMATS[x.dim()],
-    )
+    x = given.x
+    memory_format = torch.contiguous_format if x.is_contiguous() else FORMATS[x.dim()]
+    return inference.prepack(given.w, x.shape, memory_format=memory_format, **_options(layer))
 
 
 def explain(layer: Layer, direction: Direction, given: Tensors) -> Explanation:
     """What every algorithm says of one direction of the layer."""
+    return functional.explain(given.x, given.w, direction=direction.value, **_options(layer))
+
+
+def _options(layer: Layer) -> dict[str, Any]:
+    """What explain and prepack are told of a layer."""
     p = layer.problem
-    return functional.explain(
-        given.x,
-        given.w,
-        None,
-        p.stride,
-        p.padding,
-        p.dilation,
-        p.groups,
-        transposed=layer.transposed,
-        output_padding=layer.output_padding if layer.transposed else 0,
-        direction=direction.value,
-    )
+    return {
+        "stride": p.stride,
+        "padding": p.padding,
+        "dilation": p.dilation,
+        "groups": p.groups,
+        "transposed": layer.transposed,
+        "output_padding": layer.output_padding if layer.transposed else 0,
+    }
 
 
 def _call(convolve: Callable[[Tensor, Tensor], Tensor], direction: str, given: Tensors) -> Call:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from checks import TORCHS
 
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.compile import Target
@@ -17,15 +17,6 @@ TARGETS = [Target.host(bits) for bits in (512, 256, 128) if cpu.why_not() is Non
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.bits))
 every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
-TORCH = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 # Units of eps of |x| (sigmoid: of 1) that the result may be off the exact one.
 ERROR = {"relu": 0, "relu6": 0, "leaky_relu": 1, "hardswish": 2, "sigmoid": 2, "silu": 2, "gelu": 3}
 
@@ -68,7 +59,7 @@ def wide_range(dtype):
 def exact(name, x):
     """In float64, without the digits that 1 + erf loses."""
     x = x.double()
-    return x * torch.special.ndtr(x) if name == "gelu" else TORCH[name](x)
+    return x * torch.special.ndtr(x) if name == "gelu" else TORCHS[name](x)
 
 
 @every_target
@@ -92,7 +83,7 @@ def test_every_activation_over_the_whole_range(name, dtype, target):
 def test_what_is_not_a_number_and_what_is_not_finite(name, dtype, target):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e300, -1e300, 1.0] * 2, dtype=torch.float64)
     result = activated(name, target, x.to(dtype))
-    expected = TORCH[name](x.to(dtype).double())  # torch's gelu of float32 makes a NaN of inf, of float64 inf
+    expected = TORCHS[name](x.to(dtype).double())  # torch's gelu of float32 makes a NaN of inf, of float64 inf
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-36, equal_nan=True)
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import channels_last
+from checks import TORCHS, channels_last
 from torch.fx import symbolic_trace
 
 import plainconv
@@ -13,16 +13,6 @@ from plainconv import functional, profiling
 from plainconv.plan import forget
 from plainconv.problem import ACTIVATIONS
 
-TORCHS = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 X, W, B, R = (2, 6, 9, 8), (10, 6, 3, 3), (10,), (2, 10, 9, 8)
 
 
