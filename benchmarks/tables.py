@@ -1,4 +1,4 @@
-"""Measure every suite, forward in three types and training in float32, and write the tables of results/.
+"""Measure every suite (forward in three types, both gradients, training), and write the tables of results/.
 
     make bench                                 or: python benchmarks/tables.py
     python benchmarks/tables.py --again        measure anew what is there already
@@ -8,7 +8,7 @@
 
 Each suite runs alone, `plainconv bench --suite NAME` in a process of its own, and leaves one record in results/bench/;
 a run that was interrupted goes on where it stopped.  From the records come a page for each direction
-(results/forward.md, results/train.md) and a picture for each type.
+(results/forward.md, grad_input.md, grad_weight.md, train.md) and a picture for each type.
 """
 
 from __future__ import annotations
@@ -28,8 +28,18 @@ from plainconv.menu import fitted
 
 RESULTS = Path(__file__).parent.parent / "results"
 BOUNDS = RESULTS / "bounds.json"  # suite -> direction -> a sentence of ours, from profiles; docs/log.md has the figures
-DIRECTIONS = {"forward": ("float32", "float64", "bfloat16"), "train": ("float32",)}  # and the types of each
-TITLES = {"forward": "Forward", "train": "Forward and both gradients"}
+DIRECTIONS = {  # and the types of each
+    "forward": ("float32", "float64", "bfloat16"),
+    "grad_input": ("float32",),
+    "grad_weight": ("float32",),
+    "train": ("float32",),
+}
+TITLES = {
+    "forward": "Forward",
+    "grad_input": "The gradient for the input",
+    "grad_weight": "The gradient for the weight",
+    "train": "Forward and both gradients",
+}
 HEAD = (
     "suite",
     "layers",
@@ -79,16 +89,18 @@ def read(folder: Path, direction: str) -> dict[str, Records]:
 
 
 def page(direction: str, found: dict[str, Records]) -> str:
-    """results/forward.md or results/train.md."""
+    """results/forward.md, or that of another direction."""
     text = [
         f"# {TITLES[direction]}: torch's time over ours",
         "Made by `make bench` from the records in [bench/](bench); [how to read it](../docs/benchmarks.md). "
         "Below each table: what misses its threshold, and what is slower than torch. A layer marked * is a call that "
-        "torch finishes in under 25 us.",
+        "torch finishes in under 25 us; after one marked † the machine ran at less than "
+        f"{bench.SLOWED:.0%} of its arithmetic, since its host gave it less.",
     ]
     known: dict[str, dict[str, str]] = json.loads(BOUNDS.read_text())
     suites = dict.fromkeys(suite for records in found.values() for suite in records)
-    text += ["## What bounds each suite", "\n".join(f"- {suite}: {known[suite][direction]}" for suite in suites)]
+    bounds = [f"- {suite}: {known[suite][direction]}" for suite in suites if direction in known[suite]]
+    text += ["## What bounds each suite", "\n".join(bounds)] if bounds else []
     for dtype, records in found.items():
         text += [f"## {dtype}", conditions(list(records.values())), table(records), *regrets(records)]
         text += [*misses(records), *losses(records)]
@@ -162,7 +174,7 @@ def misses(records: Records) -> list[str]:
         for one in verdicts(told):
             if not one.good:
                 words = [] if one.geomean >= one.asked else [f"geomean {number(one.geomean)} of {number(one.asked)}"]
-                words += [f"{row.layer.name} {number(row.ratio)} of {number(least)}" for row, least in one.missed]
+                words += [f"{marked(row)} {number(row.ratio)} of {number(least)}" for row, least in one.missed]
                 of = "" if one.threshold.of == "layers" else f", {one.threshold.of}"
                 text.append(f"{suite}{of}, below what is asked: {', '.join(words)}.")
     return text
@@ -199,11 +211,16 @@ def losses(records: Records) -> list[str]:
     for suite, told in records.items():
         (total,) = bench.summary(bench.rows_of(told))
         if total.losses:
-            each = (f"{row.layer.name}{'*' * row.short} {number(row.ratio)}" for row in total.losses)
+            each = (f"{marked(row)} {number(row.ratio)}" for row in total.losses)
             text.append(f"{suite}, {len(total.losses)} of {total.layers} lost: {', '.join(each)}.")
         if total.red:
             text.append(f"{suite}, WRONG: {', '.join(row.layer.name for row in total.red)}.")
     return text
+
+
+def marked(row: bench.Row) -> str:
+    """The layer's name with the page's marks."""
+    return row.layer.name + "*" * row.short + "†" * (row.speed < bench.SLOWED)
 
 
 def number(value: float | None) -> str:

@@ -2,13 +2,14 @@
 
 from plainconv.bench.against import others
 from plainconv.bench.peaks import Peaks, measured
-from plainconv.bench.records import Summary, as_json, as_records, drawn, heading, rows_of, summary, table
+from plainconv.bench.records import SLOWED, Summary, as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
 from plainconv.bench.thresholds import REGRET, Held, Threshold, held
 
 __all__ = [
     "REGRET",
+    "SLOWED",
     "Held",
     "Layer",
     "Peaks",
