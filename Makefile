@@ -3,6 +3,8 @@
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
 # make bench   every suite beside torch, forward in three types, and training, and what compiling takes: the tables under
 #              results/ (about an hour; it measures what has no record yet, or with AGAIN=--again everything)
+# make models  whole models beside torch.compile, ONNX Runtime and OpenVINO: results/models.md (15 minutes; it installs
+#              transformers and the others first)
 # make fit     fit the estimates that rank algorithms to the records of make bench
 # make format  put the code in its form
 # make clean   remove what builds and tools left (not .venv)
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed
 SPREAD := -n auto --dist loadfile
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test check lint slow wheel bench fit format clean
+.PHONY: demo test check lint slow wheel bench models fit format clean
 
 demo: $(STAMP)
 	$(BIN)/plainconv compare
@@ -39,6 +41,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/tables.py $(AGAIN)
 	$(BIN)/python benchmarks/readme.py
+
+models: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,models]"
+	$(BIN)/python benchmarks/models.py
 
 fit: $(STAMP)
 	$(BIN)/python benchmarks/fit.py

@@ -1,0 +1,106 @@
+"""Which part of a run is convolution and what may be fused into it, as it happens within the model.
+
+A part is p of a run.  If it becomes s times as fast and nothing else changes, the whole becomes 1 / (1 - p + p / s)
+times as fast: that is what a faster convolution promises, and the table says whether it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from plainconv import functional
+from plainconv.inference import Prepacked
+
+_KINDS = {  # function -> its place in what `optimize` makes one call of
+    **{getattr(of, f"conv{way}{d}d"): 0 for of in (F, functional) for way in ("", "_transpose") for d in (1, 2, 3)},
+    **dict.fromkeys((F.batch_norm, torch.batch_norm), 1),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), 2),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu), 3),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.hardtanh), 3),
+}
+
+
+class Watch(TorchFunctionMode):
+    """Sums the seconds of convolutions, and of norms, additions and activations that follow them.
+
+    Attributes:
+        convolution: seconds of the convolutions, forward, and backward where there is a backward.
+        behind: seconds of what follows them, forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = self.behind = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _KINDS.get(func)
+        begin = perf_counter()
+        result = func(*args, **(kwargs or {}))
+        spent = perf_counter() - begin
+        if kind is None or not isinstance(result, Tensor):
+            return result
+        if kind == 0:
+            self.convolution += spent
+            self._watch_backward(result)
+        elif any(getattr(x, "_kind_behind", kind) < kind for x in args[:2]):
+            self.behind += spent
+        else:
+            return result
+        result._kind_behind = kind
+        return result
+
+    def _watch_backward(self, result: Tensor) -> None:
+        if result.grad_fn is None:
+            return
+        begin = 0.0
+
+        def before(*_: Any) -> None:
+            nonlocal begin
+            begin = perf_counter()
+
+        def after(*_: Any) -> None:
+            self.convolution += perf_counter() - begin
+
+        result.grad_fn.register_prehook(before)
+        result.grad_fn.register_hook(after)
+
+
+class Calls:
+    """Sums the seconds of the calls that `optimize` made, which are layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seconds = 0.0
+        self._layers = [
+            layer for layer in model.modules() if any(isinstance(child, Prepacked) for child in layer.children())
+        ]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this is on, they are."""
+        begin = 0.0
+
+        def before(*_: Any) -> None:
+            nonlocal begin
+            begin = perf_counter()
+
+        def after(*_: Any) -> None:
+            self.seconds += perf_counter() - begin
+
+        with contextlib.ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_pre_hook(before).remove)
+                hooks.callback(layer.register_forward_hook(after).remove)
+            yield
+
+
+def promise(p: float, s: float) -> float:
+    """How many times as fast the whole becomes."""
+    return 1 / (1 - p + p / s)
