@@ -232,7 +232,7 @@ class Prepared:
 
     kernel: cpu.Kernel
     called: tuple[lanes.Prepared, lanes.Prepared]
-    settled: Tensor
+    settled: tuple[Tensor, ...]
     addresses: tuple[int, ...]
     sizes: tuple[int, ...]
     first: int  # element of the result
@@ -248,13 +248,10 @@ def _prepare(request: Request, number: int, x_strides: tuple[int, ...]) -> Prepa
     layout = lanes.Layout.ROWS if x_strides[-1] == 1 else lanes.Layout.SPREAD
     across = lanes.prepare(passes.across, _row, layout)
     down = lanes.prepare(passes.down, _tile, lanes.Layout.ROWS)
-    pointers = (0,) * (len(rows.POINTERS) - len(across.addresses))
-    settled = (
-        # image, channel, depth, row, pixel of what is read; channel, depth, row of what is made
-        (*pointers, *across.addresses, 0, 0, 0, x_strides[-2] * size, x_strides[-1], 0, 0, passes.pitch, *across.sizes),
-        (*pointers, *down.addresses, 0, 0, 0, passes.pitch * size, 1, 0, 0, part.step[-2] * width, *down.sizes),
+    settled = _settled(
+        (across, (x_strides[-2] * size, x_strides[-1], passes.pitch)),
+        (down, (passes.pitch * size, 1, part.step[-2] * width)),
     )
-    table = torch.tensor(settled)
     along = passes.down.request.problem
     depth_step, depth_start = (part.step[0], part.start[0]) if problem.dims == 3 else (0, 0)
     sizes = {
@@ -284,13 +281,24 @@ def _prepare(request: Request, number: int, x_strides: tuple[int, ...]) -> Prepa
     ready = Prepared(
         cpu.compile(kernels.text()),
         (across, down),
-        table,
-        (across.kernel.address, down.kernel.address, *(row.data_ptr() for row in table)),
+        settled,
+        (across.kernel.address, down.kernel.address, *(table.data_ptr() for table in settled)),
         tuple(sizes[name] for name in kernels.SIZES),
         (depth_start * high + part.start[-2]) * width + part.start[-1],
     )
-    weigh(ready, table.nbytes)
+    weigh(ready, sum(table.nbytes for table in settled))
     return ready
+
+
+def _settled(*passes: tuple[lanes.Prepared, tuple[int, int, int]]) -> tuple[Tensor, ...]:
+    """The arguments of each pass: bytes from a row that it reads to the next, elements from a pixel of it to the next,
+    and from a row that it makes; the tensors' addresses are left out."""
+    pointers = (0,) * (len(rows.POINTERS) - len(passes[0][0].addresses))
+    return tuple(
+        # image, channel, depth, row, pixel of what is read; channel, depth, row of what is made
+        torch.tensor((*pointers, *pass_.addresses, 0, 0, 0, row, pixel, 0, 0, made, *pass_.sizes))
+        for pass_, (row, pixel, made) in passes
+    )
 
 
 on_forget(_passes.cache_clear)

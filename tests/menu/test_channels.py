@@ -242,12 +242,23 @@ def test_the_border_of_a_gradient_is_not_even_zeros():
     assert torch.equal(result_of(ALGORITHM, asked, last(first), second), exact(asked, first, second).float())
 
 
+TURNED_GUARDED = [(BITS[0], text, torch.float32) for text in TURNED.values()]
+TURNED_GUARDED += [
+    (bits, TURNED[name], dtype)
+    for bits in BITS
+    for name in ("taps of 3 by 2", "few channels, cropped")
+    for dtype in (torch.float32, *OTHERS)
+    if (bits, dtype) != (BITS[0], torch.float32)
+]
+
+
 @pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.parametrize("text", TURNED.values(), ids=TURNED)
-def test_nothing_outside_is_touched_by_the_gradient(text, at_end, as_if, monkeypatch):
-    as_if(BITS[0])
-    asked = asked_for(text, direction=Direction.GRAD_INPUT, has_bias=True, has_residual=True)
-    between_guards(asked, at_end, monkeypatch)
+@pytest.mark.parametrize("apart", [False, True], ids=["channels side by side", "apart"])
+@pytest.mark.parametrize(("bits", "text", "dtype"), TURNED_GUARDED, ids=str)
+def test_nothing_outside_is_touched_by_the_gradient(bits, text, dtype, apart, at_end, as_if, monkeypatch):
+    as_if(bits)
+    asked = asked_for(text, dtype, Direction.GRAD_INPUT, has_bias=True, has_residual=True)
+    between_guards(asked, at_end, monkeypatch, (lambda tensor: guarded(tensor, at_end=at_end)) if apart else None)
 
 
 def between_guards(asked, at_end, monkeypatch, lay=None):

@@ -85,11 +85,11 @@ def test_what_is_summed_stays_within_the_bound(layout):
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.name)
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("apart", [False, True], ids=["channels side by side", "apart"])
-@pytest.mark.parametrize("text", WAYS.values(), ids=WAYS)
-def test_nothing_outside_is_touched(bits, apart, at_end, text, direction, as_if, monkeypatch):
+@every_way
+def test_nothing_outside_is_touched(bits, apart, at_end, text, dtype, direction, as_if, monkeypatch):
     """Every tensor, every table and the workspace right before or right behind memory that faults."""
     as_if(bits)
-    asked, tables = asked_for(text, direction=direction, has_bias=True, has_residual=True), channels._tables
+    asked, tables = asked_for(text, dtype, direction, has_bias=True, has_residual=True), channels._tables
     if ALGORITHM.why_not(asked) is not None or asked.problem.padding_mode != "zeros":
         pytest.skip("not served, or by way of a padded gradient")
     monkeypatch.setattr(
@@ -106,7 +106,7 @@ def test_nothing_outside_is_touched(bits, apart, at_end, text, direction, as_if,
         bias=guarded(bias, at_end=at_end),
         residual=enclosed(residual),
     )
-    out = enclosed(torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan))
+    out = enclosed(torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=dtype))
     workspace = guarded(torch.full((channels.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
     channels.run(asked, tensors, out, workspace)
     compare(ALGORITHM, asked, out, *tensors, to_the_bit=False)
