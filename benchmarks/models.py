@@ -2,7 +2,7 @@
 
     pip install -e ".[all,models]"
     make models                                       or: python benchmarks/models.py
-    python benchmarks/models.py resnet50 regnet       some of them; the others' records stay
+    python benchmarks/models.py resnet50-8 regnet     some of them; the others' records stay
     python benchmarks/models.py --write               only write the page of the records that are there
 
 All sides compute the same model with the same numbers, in one process, in turn, with the same number of threads.  What
@@ -14,14 +14,15 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from time import perf_counter
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -44,19 +45,24 @@ PACKAGES = ("transformers", "onnxruntime", "openvino")
 Record = dict[str, Any]
 
 
-def measured(network: Network, batch: int, seconds: float, **options: Any) -> Record:
-    """All that the page says of a model; `seconds` is for each of inference, training and the parts of both."""
-    model, x = network.module(**options), network.input(batch)
+def measured(network: Network, batch: int, seconds: float) -> Record:
+    """All that the page says of a model; `seconds` is for each of inference, training and the parts of both.
+
+    Training is looked at in the first of the batches alone.
+    """
+    model, x = network.module(), network.input(batch)
     keep_freed_memory()
     with sides.given(model, x) as given:
         with torch.inference_mode():
             inference = _inference(given, seconds)
+        training = {}
+        if batch == network.batches[0]:
+            training = {"training": _training(given, seconds), "gradients": _gradient_errors(given)}
         return {
             "input": list(x.shape),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             **inference,
-            "training": _training(given, seconds),
-            "gradients": _gradient_errors(given),
+            **training,
             "threads": torch.get_num_threads(),
             "machine": machine(),
             "packages": {package: version(package) for package in PACKAGES if find_spec(package)},
@@ -107,31 +113,56 @@ def _inference(given: Given, seconds: float) -> Record:
     }
 
 
-def _parts(
-    torchs: Callable[[], Any], swapped: Callable[[], Any], optimized: nn.Module, x: Tensor, seconds: float
-) -> Record:
-    """Seconds of what swap replaces, by torch and by plainconv, and of what optimize replaces."""
-    seen: dict[str, list[float]] = {name: [] for name in ("torch", "torch behind", "swap", "optimize")}
+def _parts(torchs: Callable[[], Any], swapped: Callable[[], Any], optimized: Any, x: Tensor, seconds: float) -> Record:
+    """What swap replaces, and what optimize replaces: seconds by torch and by plainconv, and shares of torch's run."""
+    seen: dict[str, list[Seen]] = {name: [] for name in ("torch", "torch behind", "swap", "optimize")}
+    taken_in = {function for functions, _ in optimized.report.fused.values() for function in functions}
 
     def by_torch() -> None:
-        with Watch() as watch:
-            torchs()
-        seen["torch"].append(watch.convolution)
-        seen["torch behind"].append(watch.convolution + watch.behind)
+        whole, watch = _watched(torchs, taken_in)
+        seen["torch"].append(Seen(watch.convolution, whole))
+        seen["torch behind"].append(Seen(watch.convolution + watch.behind, whole))
 
     def by_swap() -> None:
-        with Watch() as watch:
-            swapped()
-        seen["swap"].append(watch.convolution)
+        whole, watch = _watched(swapped)
+        seen["swap"].append(Seen(watch.convolution, whole))
 
     def by_optimize() -> None:
         calls = Calls(optimized)
         with calls.watched():
-            optimized(x)
-        seen["optimize"].append(calls.seconds)
+            whole = _seconds(lambda: optimized(x))
+        seen["optimize"].append(Seen(calls.seconds, whole))
 
     in_turn({"torch": by_torch, "swap": by_swap, "optimize": by_optimize}, seconds=seconds, turn_s=TURN_S, least=ROUNDS)
-    return {name: median(spent) for name, spent in seen.items()}
+    return {name: _middle(those) for name, those in seen.items()}
+
+
+class Seen(NamedTuple):
+    """Seconds of a part, and of a run."""
+
+    part: float
+    run: float
+
+
+def _middle(those: list[Seen]) -> Record:
+    return {
+        "seconds": median(seen.part for seen in those),
+        "share": median(seen.part / seen.run for seen in those),
+    }
+
+
+def _watched(call: Callable[[], Any], taken_in: Collection[str] = ()) -> tuple[float, Watch]:
+    """Seconds of a call, and what is seen in another right after it: to watch takes time itself."""
+    seconds = _seconds(call)
+    with Watch(taken_in) as watch:
+        call()
+    return seconds, watch
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = perf_counter()
+    call()
+    return perf_counter() - begin
 
 
 def _best(timings: dict[str, Timing], layouts: list[str]) -> dict[str, str]:
@@ -157,18 +188,17 @@ def _training(given: Given, seconds: float) -> Record:
     steps = {name: _step(model.train(), x) for name, (model, x) in models.items()}
     timings = in_turn(steps, seconds=seconds, turn_s=TURN_S, least=ROUNDS)
     best = _best(timings, layouts)
-    seen: dict[str, list[float]] = {of: [] for of in best}
+    seen: dict[str, list[Seen]] = {of: [] for of in best}
 
     def watched(of: str) -> None:
-        with Watch() as watch:
-            steps[best[of]]()
-        seen[of].append(watch.convolution)
+        whole, watch = _watched(steps[best[of]])
+        seen[of].append(Seen(watch.convolution, whole))
 
     in_turn({of: lambda of=of: watched(of) for of in best}, seconds=seconds, turn_s=TURN_S, least=ROUNDS)
     return {
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "best": best,
-        "parts": {of: median(spent) for of, spent in seen.items()},
+        "parts": {of: _middle(those) for of, those in seen.items()},
     }
 
 
@@ -205,7 +235,7 @@ def _distance(found: Any, exact: Tensor) -> float:
 
 
 def _row(name: str, batch: int) -> str:
-    return f"{name}, {batch}" if len(NETWORKS[name].batches) > 1 else name
+    return f"{name}-{batch}" if len(NETWORKS[name].batches) > 1 else name
 
 
 def main(
@@ -217,16 +247,16 @@ def main(
     out: Annotated[Path, typer.Option(help="the folder")] = RESULTS,
 ) -> None:
     """Measure models, and write results/models.json and results/models.md."""
-    torch.set_num_threads(threads)
     path, page = out / "models.json", out / "models.md"
     records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
     if check:
         raise typer.Exit(int(page.read_text() != models_page.page(records)))
-    if unknown := {*(names or [])} - {*NETWORKS}:
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
+    torch.set_num_threads(threads)
     rows = {_row(name, batch): (name, batch) for name, of in NETWORKS.items() for batch in of.batches}
+    if unknown := {*(names or [])} - {*NETWORKS, *rows}:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     for row, (name, batch) in rows.items():
-        if write or (names and name not in names):
+        if write or (names and not {name, row} & {*names}):
             continue
         if why := NETWORKS[name].why_not:
             records.setdefault(row, {"why_not": why})

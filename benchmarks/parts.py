@@ -7,7 +7,7 @@ times as fast: that is what a faster convolution promises, and the table says wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -19,13 +19,18 @@ from torch.overrides import TorchFunctionMode
 from plainconv import functional
 from plainconv.inference import Prepacked
 
-_KINDS = {  # function -> its place in what `optimize` makes one call of
-    **{getattr(of, f"conv{way}{d}d"): 0 for of in (F, functional) for way in ("", "_transpose") for d in (1, 2, 3)},
-    **dict.fromkeys((F.batch_norm, torch.batch_norm), 1),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), 2),
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.hardswish, F.silu, F.gelu), 3),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.hardtanh), 3),
+_CONVOLUTIONS = {
+    getattr(of, f"conv{way}{dims}d") for of in (F, functional) for way in ("", "_transpose") for dims in (1, 2, 3)
 }
+_BEHIND = {  # function -> the name by which optimize tells that it took it in
+    **dict.fromkeys((F.batch_norm, torch.batch_norm), "batch_norm"),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), "add"),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu), "relu"),
+    **dict.fromkeys((F.relu6, F.hardtanh), "relu6"),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), "sigmoid"),
+    **{function: function.__name__ for function in (F.leaky_relu, F.hardswish, F.silu, F.gelu)},
+}
+_PLACE = {"batch_norm": 1, "add": 2}  # behind a convolution, which is 0; an activation is the last
 
 
 class Watch(TorchFunctionMode):
@@ -33,28 +38,30 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         convolution: seconds of the convolutions, forward, and backward where there is a backward.
-        behind: seconds of what follows them, forward.
+        behind: seconds of those functions that follow them and are named, forward.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
         super().__init__()
+        self._names = names
         self.convolution = self.behind = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = _KINDS.get(func)
         begin = perf_counter()
         result = func(*args, **(kwargs or {}))
         spent = perf_counter() - begin
-        if kind is None or not isinstance(result, Tensor):
-            return result
-        if kind == 0:
+        if func in _CONVOLUTIONS:
+            place = 0
             self.convolution += spent
             self._watch_backward(result)
-        elif any(getattr(x, "_kind_behind", kind) < kind for x in args[:2]):
+        elif (name := _BEHIND.get(func)) in self._names:
+            place = _PLACE.get(str(name), 3)
+            if not any(getattr(given, "_place_behind", place) < place for given in args[:2]):
+                return result
             self.behind += spent
         else:
             return result
-        result._kind_behind = kind
+        result._place_behind = place
         return result
 
     def _watch_backward(self, result: Tensor) -> None:
@@ -78,9 +85,7 @@ class Calls:
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
-        self._layers = [
-            layer for layer in model.modules() if any(isinstance(child, Prepacked) for child in layer.children())
-        ]
+        self._layers = [layer for layer in model.modules() if isinstance(layer, Prepacked)]
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

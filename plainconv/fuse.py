@@ -20,6 +20,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from operator import attrgetter, eq
 from typing import Any
@@ -205,6 +206,9 @@ def optimize(
         if last:
             _begin_in_channels_last(graph)
         _tried(graph, args, kwargs)  # each convolution packs when it meets its input
+        for name, step in [*graph.named_children()]:
+            if isinstance(step, _Step) and step.packed is not None:
+                graph.add_module(name, step.packed)
     told = {name: (step.functions, step.algorithm) for name, step in steps.items()}
     return Optimized(graph, Optimization(told, kept, last, None), _shapes(args, kwargs), one)
 
@@ -637,7 +641,7 @@ def _each_by_itself(
         hook.remove()
     fused: dict[str, tuple[tuple[str, ...], str]] = {}
     kept: dict[str, str] = {}
-    packed: dict[nn.Module, Prepacked] = {}
+    packed: dict[_ConvNd, Prepacked] = {}
     for layer, name in layers.items():
         if layer not in inputs:
             kept[name] = "the example did not reach it"
@@ -652,8 +656,17 @@ def _each_by_itself(
             fused[name] = (_kind(layer.transposed),), packed[layer].algorithm
     for changed, call in packed.items():  # it stays what it is to those who read its attributes
         changed.add_module("prepacked", call)
-        changed.forward = call.forward
+        changed.forward = partial(_named_in_errors, layers[changed], call)
     return Optimized(model, Optimization(fused, kept, False, why))
+
+
+def _named_in_errors(name: str, call: Prepacked, input: Tensor) -> Tensor:
+    try:
+        result: Tensor = call(input)
+    except Exception as error:
+        error.add_note(f"in layer {name!r}")
+        raise
+    return result
 
 
 def _format(input: Tensor) -> torch.memory_format:

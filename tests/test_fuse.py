@@ -382,6 +382,15 @@ def test_a_model_without_a_graph_is_prepacked_layer_by_layer():
     assert fast.report.plain.startswith("torch.export says")
     for _ in range(4):
         same(model, fast, torch.randn(2, 2, 6, 6))
+    with pytest.raises(RuntimeError) as error:
+        fast(torch.randn(2, 3, 6, 6))
+    assert error.value.__notes__ == ["in layer 'c'"]
+
+
+def test_what_is_fused_is_called_directly():
+    fast = plainconv.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6))
+    calls = [fast.model.get_submodule(n.target) for n in fast.model.graph.nodes if n.op == "call_module"]
+    assert [type(call) for call in calls if type(call).__name__ != "GuardsFn"] == [inference.Prepacked]
 
 
 def test_the_model_is_left_as_it_is_and_never_followed():
