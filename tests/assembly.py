@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 
-from plainconv.cpu.compile import Target
+import pytest
+
+from plainconv.cpu.compile import Target, why_not
 
 _PRODUCT = re.compile(r"\t(?:vfn?m(?:add|sub)\d+p[sd]|v?mulp[sd]|vdpbf16ps|fml[as]\tv\d+\.(?:4s|2d),.*)\b")
 
 
 def targets() -> list[Target]:
-    """What this machine can be taken for, by the width of its vectors, and an ARM processor."""
+    """What this machine can be taken for, by the width of its vectors, and an ARM processor; none without LLVM."""
+    if why_not() is not None:
+        return []
     host = Target.host()
     return [Target.host(bits) for bits in (512, 256, 128) if bits <= host.bits] + [Target.neon()]
 
 
 def name(target: Target) -> str:
     return f"{target.machine}-{target.bits}"
+
+
+every_target = pytest.mark.parametrize("target", targets(), ids=name)
 
 
 def blocks(code: str) -> list[str]:
@@ -26,6 +33,13 @@ def blocks(code: str) -> list[str]:
 def products(block: str) -> int:
     """How many vectors are multiplied."""
     return len(_PRODUCT.findall(block))
+
+
+def loads(block: str) -> int:
+    """How many vectors are read from memory, by themselves or as a factor."""
+    alone = len(re.findall(r"\tv?mov[au]p[sd]\t.*\), %[xyz]mm\d+|\tldu?r\tq\d+, .*", block))
+    factors = re.findall(r"\t(?:vfn?m\w+|v?mulp[sd])\t[^,\n]*\(.*\), %[xyz]mm", block)
+    return alone + 2 * len(re.findall(r"\tldn?p\tq\d+, .*", block)) + len(factors)
 
 
 def main_tile(code: str) -> str:

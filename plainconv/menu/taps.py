@@ -167,9 +167,8 @@ def way(request: Request, merge: bool) -> Way:
 
     # Idle rows of a high picture do not count: many sizes have one kernel.
     seen = high.out if high.out <= 2 * ROWS[0] else math.lcm(*ROWS)
-    tile = min(
-        _tiles(request, sides, target.registers, lanes), key=lambda tile: (tiles(tile) * cycles(tile, seen), tile)
-    )
+    registers = target.registers - (target.machine == "aarch64")  # LLVM loads a row ahead there
+    tile = min(_tiles(request, sides, registers, lanes), key=lambda tile: (tiles(tile) * cycles(tile, seen), tile))
 
     planes, columns = problem.batch * depth.out, -(-width.out // lanes)
     block_columns = _even(columns, VECTORS)

@@ -326,7 +326,7 @@ def test_a_new_size_compiles_nothing(text):
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("target", assembly.targets() if cpu.why_not() is None else [], ids=assembly.name)
+@assembly.every_target
 @pytest.mark.parametrize(
     "text",
     [

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from functools import partial
 
+import assembly
 import pytest
 import torch
 from checks import FOURIER as ALGORITHM
@@ -214,6 +215,23 @@ def test_a_new_size_compiles_little(last, monkeypatch):
         x = torch.empty(asked.problem.input_shape, device="meta")
         winograd.prepare.__wrapped__(asked, fourier.way(asked), (channels_inside(x) if last else x).stride())
     assert len(texts) <= 2 * len(forms_of(asked)) == 8
+
+
+@assembly.every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k7x7 p3", "n2 c64 o64 x1000 k31 p15"])
+def test_the_sums_stay_in_registers(text, dtype, target, as_if, monkeypatch):
+    as_if(target)
+    texts = []
+    monkeypatch.setattr(winograd.cpu, "compile", lambda text, target: texts.append(text))
+    asked = asked_for(text, dtype)
+    cut = fourier.way(asked)
+    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride())
+    code = cpu.assembly(texts[-1], target)
+    inner = [block for block in assembly.blocks(code) if assembly.products(block) == cut.scalars * cut.vectors]
+    assert inner, "the step of a product is one block"
+    for block in inner:
+        assert not assembly.spills(block, code), "a vector is written to the stack"
 
 
 # -- what it says of itself ------------------------------------------------------------------------------------------

@@ -131,11 +131,9 @@ def test_a_new_size_compiles_nothing():
     assert len(texts) == 1
 
 
-@every_width
+@assembly.every_target
 @pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k3x3 p1 g16", "n1 c64 o64 x56x56 k3x3 s2 p1 g4"])
-def test_sums_stay_in_registers(bits, text, as_if):
-    as_if(bits)
-    target = cpu.Target.host()
+def test_sums_stay_in_registers(target, text):
     code = cpu.assembly(groups.text(channels.shape_of(parts(asked_for(text))[0], target)), target)
     tile = assembly.main_tile(code)
     assert assembly.products(tile) >= 8

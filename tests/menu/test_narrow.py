@@ -284,11 +284,10 @@ NO_SPILLS = [
     (depthwise, "n1 c3 o3 x1000 k31 p15 g3"),
     (depthwise, "n1 c3 o3 x100x100 k3x3 s2 p1 g3"),
 ]
-TARGETS = assembly.targets() if cpu.why_not() is None else []
 
 
 @pytest.mark.parametrize(("module", "text"), NO_SPILLS, ids=[text for _, text in NO_SPILLS])
-@pytest.mark.parametrize("target", TARGETS, ids=assembly.name)
+@assembly.every_target
 def test_the_sums_stay_in_registers(module, text, target):
     asked = asked_for(module, text)
     shape = lanes.shape_of(parts(asked)[0], target, module._tile(asked, target))

@@ -1,11 +1,10 @@
 """The gradient for the weight, by narrow and depthwise: every way through the kernels, type and layout of memory."""
 
 import dataclasses
-import re
 
+import assembly
 import pytest
 import torch
-from assembly import main_tile, products, spills
 from checks import BY_NAME, CASES, channels_inside, check, compare, exact, given, integers, reals, request, same, spread
 from guarded import guarded
 
@@ -282,28 +281,28 @@ NO_SPILLS = [
 ]
 
 
+@assembly.every_target
 @pytest.mark.parametrize("text", NO_SPILLS)
-@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 128])
-def test_no_sum_is_spilled(bits, text, as_if):
-    as_if(bits)
-    assembly = cpu.assembly(kernels_of(text, has_bias=True)[0])
-    blocks = re.split(r"\n(?=\.L\w+:)", assembly)
-    inside = max(blocks, key=lambda block: block.count("vfmadd"))  # the first of them: edges come later
-    stores = re.findall(r"\tv?mov\w+\t%[xyz]mm\d+, \S*\(%r[sb]p\).*", inside)
-    assert inside.count("vfmadd") >= 8
-    assert not stores, (stores[:4], inside)
+def test_no_sum_is_spilled(target, text, as_if):
+    as_if(target)
+    code = cpu.assembly(kernels_of(text, has_bias=True)[0], target)
+    inside = assembly.main_tile(code)
+    assert assembly.products(inside) >= 8
+    allowed = 0 if target.fma else 3  # SSE's products need room of their own
+    assert len(assembly.spills(inside, code)) <= allowed, "a vector is written to the stack"
 
 
 @pytest.mark.parametrize(
     "text", ["n1 c32 o32 x9x30 k3x3 p1 g32", "n1 c32 o32 x9x30 k3x3 s2 g32", "n1 c32 o32 x9x30 k5x5 g32"]
 )
-@pytest.mark.parametrize("bits", [bits for bits in BITS if bits > 256])
+@assembly.every_target
 @pytest.mark.parametrize("bias", [False, True])
 def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_together(
-    bits, bias, text, as_if, monkeypatch
+    target, bias, text, as_if, monkeypatch
 ):
     """And no sum is spilled meanwhile."""
-    as_if(bits)
+    as_if(target)
+    monkeypatch.setattr(pixels.cpu, "compile", lambda text, target: None)
     shapes, real = [], pixels.pixels.text
     monkeypatch.setattr(pixels.pixels, "text", lambda shape: shapes.append(shape) or real(shape))
     asked = asked_for(text, channels_last=True, has_bias=bias)
@@ -311,14 +310,16 @@ def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_toget
     x, y = (t.to(memory_format=torch.channels_last) for t in (x, y))
     pixels.prepare.__wrapped__(asked, x.stride(), y.stride())
     (shape,) = shapes
-    code = cpu.assembly(real(shape))
-    tile = main_tile(code)
-    assert products(tile) == shape.places * shape.high * shape.wide
+    code = cpu.assembly(real(shape), target)
+    tile = assembly.main_tile(code)
+    assert assembly.products(tile) == shape.places * shape.high * shape.wide
     assert shape.places > 1
-    loads = re.findall(r"\tvmovups\t.*\), %zmm\d+", tile)
     seen = {p * shape.stride[1] + tap * shape.dilation[1] for p in range(shape.places) for tap in range(shape.wide)}
-    assert len(loads) <= shape.high * len(seen) + shape.places
-    assert not spills(tile, code)
+    assert assembly.loads(tile) <= shape.high * len(seen) + shape.places
+    # Of 16 registers, 9 sums and 4 pixels leave masks one too few, and the products of SSE three; sums of one row of
+    # taps would load every pixel three times.
+    allowed = 0 if target.registers == 32 else 1 if target.fma else 3
+    assert len(assembly.spills(tile, code)) <= allowed, "a vector is written to the stack"
 
 
 def test_what_is_refused_is_said():

@@ -244,7 +244,7 @@ def test_a_new_size_compiles_nothing(last, monkeypatch):
     assert len(texts) == 2
 
 
-@pytest.mark.parametrize("target", assembly.targets() if cpu.why_not() is None else [], ids=assembly.name)
+@assembly.every_target
 @pytest.mark.parametrize("text", ["n1 c64 o64 x56x56 k3x3 p1", "n1 c256 o256 x14x14 k3x3 p1"])
 def test_the_sums_stay_in_registers(text, target, monkeypatch):
     monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))

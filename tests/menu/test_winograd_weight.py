@@ -234,7 +234,7 @@ def test_a_new_size_compiles_nothing(last):
     assert len(texts) == 4
 
 
-@pytest.mark.parametrize("target", assembly.targets() if cpu.why_not() is None else [], ids=assembly.name)
+@assembly.every_target
 def test_the_sums_stay_in_registers(target, monkeypatch):
     monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
     forget()
