@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from attacks import DAMAGES
+from attacks import DAMAGES, MOMENTS, by_fork, killed, told_by
 from checks import BY_NAME, request
 
 import plainconv
@@ -317,11 +316,39 @@ def test_a_whole_file_that_holds_no_records_is_ignored(tmp_path, content):
     assert said == (f"{tmp_path / 'records' / name} holds no records, so it was ignored",)
 
 
-def test_killed_while_writing_leaves_nothing_that_is_read(tmp_path):
-    record_again(tmp_path / "records")
-    (whole,) = files(tmp_path / "records")
-    (tmp_path / "records" / f"{whole.name}.1.a.part").write_bytes(whole.read_bytes()[:50])
-    assert record_again(tmp_path / "records") == (True, ())
+@by_fork
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_writing_leaves_nothing_that_is_read(tmp_path, moment):
+    folder, other = tmp_path / "records", dataclasses.replace(SMALL, threads=3)
+    record_again(folder)
+    killed(lambda: record_again(folder, other), moment)
+    renamed = moment == "behind the rename"
+    assert len(files(folder)) == 2
+    assert sum(file.suffix == ".part" for file in files(folder)) == (not renamed)
+    assert record_again(folder, other) == (renamed, ())
+    assert record_again(folder, other) == record_again(folder) == (True, ())
+
+
+@by_fork
+def test_killed_at_any_moment(tmp_path):
+    """Records that are written over and over are the old ones or the new ones."""
+    folder, moments = tmp_path / "records", random.Random(0)
+    each = [dataclasses.replace(SMALL, threads=threads) for threads in range(1, 7)]
+
+    def work():
+        with measure.kept_in(folder):
+            for asked in each:
+                measure.keep(asked, {"shift": Record(1, TIMING), "fft": Record(1, None)})
+
+    with measure.kept_in(folder):
+        work()
+        for _ in range(20):
+            killed(work, after_s=moments.uniform(0, 0.01))
+            assert all(measure.known(asked) for asked in each)
+        assert measure.notes() == ()
+    assert len(files(folder)) <= 6 + 20
+    assert told_by(CHILD.format(folder=str(folder))) == "right\n"
+    assert all(record_again(folder, asked) == (True, ()) for asked in each)
 
 
 @posix
@@ -391,8 +418,6 @@ def test_what_is_held_in_memory_is_bounded(monkeypatch):
 
 
 CHILD = """
-import sys
-sys.path[:0] = [{tests!r}]
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -412,13 +437,8 @@ print("right")
 
 def test_two_processes_at_once(tmp_path):
     folder = tmp_path / "records"
-    code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["right\n"] * 2
+    code = CHILD.format(folder=str(folder))
+    assert told_by(code, code) == "right\n" * 2
     assert len(files(folder)) == 6
     for file in files(folder):
         told = json.loads(storage.Store(folder, measure._MAGIC).read(file.name))

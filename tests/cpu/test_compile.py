@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import re
 import shutil
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
-from attacks import DAMAGES
+from attacks import DAMAGES, MOMENTS, by_fork, killed, told_by
 
 from plainconv.cpu import compile as compiler
 from plainconv.cpu import store as storage
@@ -222,17 +223,62 @@ def test_a_whole_file_that_does_not_link_is_ignored(folder):
     assert "linked" in said[0]
 
 
-def test_killed_while_writing_leaves_nothing_that_is_read(folder):
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+import torch
+from plainconv.cpu import compile as compiler
+from test_compile import expected, result, scale
+with compiler.kept_in(Path({folder!r})):
+    for _ in range(2):
+        for factor in range(6):
+            assert torch.equal(result(compiler.compile(scale(factor))), expected(factor))
+    assert compiler.notes() == (), compiler.notes()
+print("right")
+"""
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [file for file in files(folder) if file.suffix == ".part"]
+
+
+@by_fork
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_writing_leaves_nothing_that_is_read(folder, moment):
     compile_again(folder)
-    (whole,) = files(folder)
-    old, young = folder / f"{whole.name}.1.a.part", folder / f"{whole.name}.2.b.part"
-    for part in (old, young):
-        part.write_bytes(whole.read_bytes()[:100])
+
+    def work() -> None:
+        with compiler.kept_in(folder):
+            compiler.compile(scale(5))
+
+    for _ in range(2):
+        killed(work, moment)
+        if moment == "behind the rename":
+            break
+    assert len(unfinished(folder)) == (0 if moment == "behind the rename" else 2)
+    assert compile_again(folder, 5.0) == (moment == "behind the rename", ())
+    assert compile_again(folder, 5.0) == compile_again(folder) == (True, ())
+
+
+@by_fork
+def test_killed_at_any_moment(folder):
+    """Files that are written over and over are the old ones or the new ones, and what is left aside goes in time."""
+    with compiler.kept_in(folder) as state:
+        for factor in range(6):
+            compiler.compile(scale(factor))
+        code = {file.name: state.store.read(file.name) for file in files(folder)}
+    store, moments = storage.Store(folder, compiler._MAGIC), random.Random(0)
+    for _ in range(20):
+        killed(lambda: [store.write(name, data) for name, data in code.items()], after_s=moments.uniform(0, 0.01))
+        assert {name: store.read(name) for name in code} == code
+    assert store.notes() == ()
+    assert 0 < len(unfinished(folder)) <= 20
+    assert told_by(CHILD.format(tests=str(Path(__file__).parent), folder=str(folder))) == "right\n"
+    old, *young = unfinished(folder)
     os.utime(old, (0, 0))
-    assert compile_again(folder) == (True, ())
     compile_again(folder, 9.0)  # the first write of a process tidies up
-    assert not old.exists()
-    assert young.exists()  # another process may be writing it now
+    assert unfinished(folder) == young  # other processes may be writing them now
 
 
 def test_an_error_while_writing_leaves_nothing(folder, monkeypatch):
@@ -383,28 +429,9 @@ def test_the_folder_is_bounded(folder, monkeypatch):
     assert [file.name for file in files(folder)] == ["5", "6", "7", "8"]  # pruned before the last was written
 
 
-CHILD = """
-import sys
-sys.path[:0] = [{tests!r}]
-from pathlib import Path
-import torch
-from plainconv.cpu import compile as compiler
-from test_compile import expected, result, scale
-with compiler.kept_in(Path({folder!r})):
-    for _ in range(2):
-        for factor in range(6):
-            assert torch.equal(result(compiler.compile(scale(factor))), expected(factor))
-    assert compiler.notes() == (), compiler.notes()
-print("right")
-"""
-
-
 def test_two_processes_at_once(folder):
     code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["right\n"] * 2
+    assert told_by(code, code) == "right\n" * 2
     assert len(files(folder)) == 6
     assert compile_again(folder, 4.0) == (True, ())
 
