@@ -25,6 +25,7 @@ from plainconv.menu.base import ALIGNMENT
 from plainconv.menu.engine import STORED, padded
 
 STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
+WIDE_STRIP_BYTES = 9 << 18  # more than this waits for the cache that cores share
 MOST_STRIP_BYTES = 16 << 20
 MOST_IMAGES_BYTES = 64 << 20
 FEW_PRODUCTS = 128  # of a number that is read: with more, gathering takes hardly any time
@@ -52,6 +53,8 @@ SLOT = 3.0  # a row of a channel in the strip
 RUN = 20.0  # a piece of a channel, in or out, behind which memory goes on elsewhere
 BLOCK = 100.0  # a block's beginning and end
 FAR = 1.08  # a strip that the core's own cache does not keep
+FAR_PIXELS = 1.25  # and one of gathered pixels
+FAR_STEP = 28.0  # a step of a tile that reads a wide strip, at least
 NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
@@ -294,7 +297,15 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
                 each = WEAVE if woven(axes) else SCATTER * lanes
                 cycles += each * scalars * vectors * len(all_phases)
             # Beside what lies in memory, the cache has what is asked for ahead.
-            cycles *= FAR if strip_bytes * (1 + lies) > STRIP_BYTES else 1.0
+            if strip_bytes * (1 + lies) > STRIP_BYTES:
+                cycles *= FAR if listed or is_.places else FAR_PIXELS
+            if strip_bytes > WIDE_STRIP_BYTES and is_.places:
+                # A step reads another row of it, mostly in another page; all tiles of outputs read it again, from the
+                # cache that cores share, or from memory.
+                passes, tiles = -(-scalars // tile.scalars), sum(divmod(vectors, tile.vectors))
+                cycles = max(cycles, passes * tiles * steps * len(all_phases) * FAR_STEP)
+                if strip_bytes * request.threads > CACHE // 2:
+                    cycles = max(cycles, passes * strip_bytes / FAR_BYTES)
             if listed and strip_bytes > STRIP_BYTES:
                 cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
             # The weight arrives while the first of a block's tiles along the other factor is at work.

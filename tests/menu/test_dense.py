@@ -410,6 +410,26 @@ def test_a_workspace_is_kept_small_on_request():
 
 
 @both_layouts
+@pytest.mark.parametrize(
+    ("text", "direction"),
+    [
+        ("n1 c512 o486 x75x75 k3x3 s3x3 p1x1", Direction.FORWARD),
+        ("n1 c256 o512 x82x82 k3x3 s2x2 p1x1", Direction.FORWARD),
+        ("n1 c64 o128 x166x166 k3x3", Direction.GRAD_INPUT),
+    ],
+)
+def test_strips_stay_in_the_caches(text, direction, channels_last):
+    """A strip of the whole image would be read again from memory for each tile of outputs."""
+    asked = asked_for(text, direction=direction, channels_last=channels_last, threads=2)
+    one, is_ = cuts.natural(axes.work(asked)), cuts.kind(axes.work(asked))
+    by_row, _ = cuts.pitches(one.strip, one.lanes, is_.size, is_.channels)
+    if channels_last:
+        assert one.reads is cuts.Reads.LIST
+    else:
+        assert asked.threads * is_.channels * by_row * is_.size <= cuts.CACHE // 2
+
+
+@both_layouts
 def test_taps_wholly_in_the_padding_are_skipped(channels_last):
     """Of 3 depths of the kernel only one meets an input of depth 1: an infinity in the others is not seen."""
     asked = asked_for("n1 c2 o8 x1x5x20 k3x3x3 p1", channels_last=channels_last)
