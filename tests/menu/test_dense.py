@@ -429,6 +429,15 @@ def test_strips_stay_in_the_caches(text, direction, channels_last):
         assert asked.threads * is_.channels * by_row * is_.size <= cuts.CACHE // 2
 
 
+def test_a_large_turned_weight_is_estimated_to_be_slow():
+    """Of a contiguous weight each step of the gradient for the input reads another page."""
+    forward, turned = (
+        direct.ALGORITHM.cost(asked_for("n1 c512 o512 x7x7 k3x3 p1x1", direction=direction)).seconds
+        for direction in (Direction.FORWARD, Direction.GRAD_INPUT)
+    )
+    assert turned > 2 * forward
+
+
 @both_layouts
 def test_taps_wholly_in_the_padding_are_skipped(channels_last):
     """Of 3 depths of the kernel only one meets an input of depth 1: an infinity in the others is not seen."""
