@@ -13,6 +13,7 @@ from torch import Tensor
 
 _PAGE = mmap.PAGESIZE
 _NO_ACCESS = 0  # PROT_NONE
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which this module has no name for before Python 3.13
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,6 +43,20 @@ def guarded_view(tensor: Tensor, *, at_end: bool, step: int = 1) -> Tensor:
     firsts = [size - span if at_end else 0 for size, span in zip(around.shape, spans, strict=True)]
     view = around[tuple(slice(first, first + span, step) for first, span in zip(firsts, spans, strict=True))]
     return view.copy_(tensor)
+
+
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """The same values, contiguous but for one dimension, whose places lie more than 2^31 elements apart.
+
+    Pages that nobody touches take no memory.
+    """
+    strides = list(tensor.contiguous().stride())
+    strides[dim] = (1 << 31) + 64
+    count = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    region = mmap.mmap(-1, count * tensor.element_size(), flags=flags)
+    whole = torch.frombuffer(region, dtype=tensor.dtype, count=count)
+    return whole.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def guarded_inside(tensor: Tensor, channels_last: bool, *, at_end: bool) -> Tensor:

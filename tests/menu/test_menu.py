@@ -491,11 +491,47 @@ def test_padding_is_a_zero_that_is_multiplied(algorithm):
     assert torch.equal(out.isinf(), expected.isinf())
 
 
-@exact_about_nan
-def test_denormal_numbers_are_kept(algorithm):
-    asked = asked_for(algorithm, "n1 c1 o1 x4 k1", Direction.FORWARD, torch.float32)
-    x = torch.tensor([1e-40, -3e-42, 1.4e-45, 1.0]).view(1, 1, 4)
-    assert torch.equal(result_of(algorithm, asked, x, torch.ones(1, 1, 1), None), x)
+SUMS = [BY_NAME[name] for name in ("loops", "im2col", "narrow", "depthwise", "direct", "pointwise")]
+sums = pytest.mark.parametrize("algorithm", SUMS, ids=lambda algorithm: algorithm.name)
+
+
+@sums
+@directions
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "text",
+    ["n2 c2 o3 x7x6 k3x3", "n1 c4 o4 x7x7 k3x2 s2x1 g4", "n2 c19 o5 x5x4 k1x1", "n2 c3 o4 x23 k3 d2 s2"],
+)
+def test_what_is_not_finite_reaches_what_it_is_multiplied_into(algorithm, direction, value, text):
+    """Where no border is: whether a gradient's is multiplied, too, is not settled, and a weight's taps all meet it."""
+    asked = asked_for(algorithm, text, direction, torch.float32)
+    given = tensors_for(asked, lambda shape, dtype, seed: integers(shape, dtype, seed).abs() + 1)[:2]
+    for which in (0,) if direction is Direction.GRAD_INPUT else (0, 1):
+        count = given[which].numel()
+        for place in (0, count // 3, count // 2, count - 1):
+            broken = [tensor.clone() for tensor in given]
+            broken[which].view(-1)[place] = value
+            found, right = result_of(algorithm, asked, *broken), checks.exact(asked, *broken)
+            assert torch.equal(found.isnan(), right.isnan())
+            assert torch.equal(found.isinf(), right.isinf())
+
+
+@sums
+@directions
+def test_denormal_numbers_are_kept(algorithm, direction):
+    few = torch.tensor([1e-40, -3e-42, 1.4e-45, 1.0]).view(1, 1, 4)
+    more, one = torch.nn.functional.pad(few, (0, 1)), torch.tensor([1.0, 0.0]).view(1, 1, 2)
+    text, first, second, expected = {
+        Direction.FORWARD: ("n1 c1 o1 x5 k2", more, one, few),
+        Direction.GRAD_INPUT: ("n1 c1 o1 x5 k2", few, one, more),
+        Direction.GRAD_WEIGHT: ("n1 c1 o1 x5 k4", more, one, few),
+    }[direction]
+    if algorithm.name == "pointwise":
+        text, second, (first, expected) = "n1 c1 o1 x4 k1", one[..., :1], (few, few)
+        if direction is Direction.GRAD_WEIGHT:
+            text, first, expected = "n1 c4 o1 x1 k1", few.view(1, 4, 1), few.view(1, 4, 1)
+    asked = asked_for(algorithm, text, direction, torch.float32)
+    assert torch.equal(result_of(algorithm, asked, first, second), expected)
 
 
 # -- sizes beyond 32 bits --------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 One problem for each kernel; contiguous tensors, tables and workspaces are placed so in the tests of the kernels.
 """
 
+import sys
+
 import pytest
 import torch
 from checks import BY_NAME, FOURIER, channels_last, compare, given, product_of_lines, reals, request
-from guarded import guarded, guarded_view
+from guarded import far_apart, guarded, guarded_view
 
 from plainconv.cpu import compile as cpu
 from plainconv.menu.base import Tensors
@@ -40,8 +42,24 @@ VIEWS = {
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("name", KERNELS)
 def test_nothing_outside_a_view_is_touched(name, direction, last, dtype, view):
+    check_view(name, KERNELS[name], direction, last, dtype, view)
+
+
+FAR = KERNELS | {"winograd": "n2 c5 o19 x9x21 k3x3 p1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory that is only taken where it is touched")
+@pytest.mark.parametrize("dim", range(4), ids=["images", "channels", "rows", "pixels"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", FAR)
+def test_offsets_beyond_two_to_the_31(name, direction, last, dim):
+    check_view(name, FAR[name], direction, last, torch.float32, lambda t, at_end: far_apart(t, dim))
+
+
+def check_view(name, text, direction, last, dtype, view):
     algorithm = FOURIER if name == "fft" else BY_NAME[name.split(",")[0]]
-    asked = request(ConvProblem.parse(KERNELS[name]), direction, dtype, channels_last=last)
+    asked = request(ConvProblem.parse(text), direction, dtype, channels_last=last)
     if algorithm.why_not(asked) is not None:
         assert name in MAY_REFUSE
         pytest.skip(algorithm.why_not(asked))
