@@ -33,6 +33,7 @@ FEW_CHANNELS = 32
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
+FEW_PLACES = 256  # of a plane, as lanes: more of them have the same tile, so that a new size needs no new kernel
 
 # Cycles, fitted to some 1,000 measured ways of 78 layers on one core with AVX-512; they rank ways and algorithms.
 CYCLES_PER_SECOND = 3.67e9
@@ -211,6 +212,18 @@ def _tiles(scalars: int, vectors: int, spare: int, most_scalars: int = MOST_SCAL
             yield Tile(-(-scalars // -(-scalars // most)), wide)
 
 
+def _settled_tiles(outputs: int, spare: int, steps: float, load: float, row: bool) -> list[Tile]:
+    """The tiles of many places, whose number does not matter: the best where no lanes are idle, and its half.
+
+    Whole rows of a picture may fill one or the other better; a part of a single row can be as long as fills the best.
+    """
+    vectors = math.lcm(1, 2, 3, 4, 6, 8)
+    tiles = list(_tiles(outputs, vectors, spare))
+    best = min(tiles, key=lambda tile: _tile_cycles(outputs, vectors, tile, steps, load, 0.0))
+    wide = {best.vectors} if row else {best.vectors, -(-best.vectors // 2)}
+    return [tile for tile in tiles if tile.vectors in wide]
+
+
 def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: float, load: float, listed: float) -> float:
     """Of the product of `scalars` x `vectors`, each a sum over `steps`, for which `listed` taps are looked up."""
     whole, single = divmod(vectors, tile.vectors)
@@ -227,11 +240,11 @@ def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: float, load: flo
     )
 
 
-def _blocks(axes: Axes, lanes: int) -> Iterator[tuple[int, int, bool]]:
-    """Rows, columns, and whether rows are whole, of the blocks to choose from."""
+def _blocks(axes: Axes, step: int) -> Iterator[tuple[int, int, bool]]:
+    """Rows, columns, and whether rows are whole, of the blocks to choose from; parts of a row: multiples of `step`."""
     _, high, width = axes
     for count in sorted({max(1, round(width.out / places)) for places in PLACES}):
-        yield 1, min(padded(-(-width.out // count), lanes), width.out), False
+        yield 1, min(padded(-(-width.out // count), step), width.out), False
     if high.out > 1:
         for count in sorted({min(max(1, round(high.out * width.out / places)), high.out) for places in PLACES}):
             yield -(-high.out // count), width.out, True
@@ -258,11 +271,16 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     weight = work.group_out * is_.channels * work.taps * is_.size
     taps = math.prod(len(axis.taps) for axis in axes) / (depth.step * len(all_phases))  # of a phase
     steps = is_.channels * taps
-    aligned = reads is not Reads.INPUT or not is_.places or math.prod(work.spatial) % lanes == 0
-    load = LOAD if aligned else LOAD + UNALIGNED
+    anywhere = reads is Reads.INPUT and is_.places
+    load = LOAD + UNALIGNED if anywhere and math.prod(work.spatial) % lanes else LOAD
     found: list[tuple[int, Layout]] = []
     listed = reads is Reads.LIST
-    for rows, cols, whole in _blocks(axes, lanes):
+    settled, step = [], lanes
+    if is_.places and high.out * width.out > FEW_PLACES:
+        most_load = LOAD + UNALIGNED * anywhere
+        settled = _settled_tiles(max(work.group_out, 1), spare, steps, most_load, high.out == 1)
+        step *= settled[0].vectors if high.out == 1 else 1
+    for rows, cols, whole in _blocks(axes, step):
         strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
         by_row, by_pixel = pitches(strip, lanes, is_.size, is_.channels)
         if listed:
@@ -287,7 +305,7 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
         # Places of a block, and of the last one of a row (or of an image), which may be smaller.
         count = -(-high.out // rows) if whole else -(-width.out // cols)
         most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
-        for tile in _tiles(*_factors(is_, work, most, lanes), spare):
+        for tile in settled or _tiles(*_factors(is_, work, most, lanes), spare):
             full, less = (
                 _tile_cycles(*_factors(is_, work, places, lanes), tile, steps, load, taps * listed)
                 for places in (most, last)

@@ -24,8 +24,8 @@ from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
 
 
-def _tile(request: Request, target: Target) -> lanes.Tile:
-    return lanes.best_tile(request, target, 1)
+def _tile(request: Request, target: Target, sides: lanes.Sides) -> lanes.Tile:
+    return lanes.best_tile(request, target, sides, 1)
 
 
 def _why_not(request: Request) -> str | None:

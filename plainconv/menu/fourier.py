@@ -28,6 +28,8 @@ from plainconv.problem import Direction, Request
 SQUARE = (8, 16)  # lengths, where the kernel moves along rows and width
 LINE = (8, 16, 32, 64)  # and where along one of them
 MOST_BLOCKS = 64
+LONG = 512  # places of a line: longer ones have the same tiles, so that a new length needs no new kernel ...
+LONGER = 1 << 20  # ... those of a line that is longer by so much
 
 # Cycles of the transforms for each vector of each number, and for each halving of a row.
 EACH = 2.4
@@ -82,7 +84,16 @@ def _rows(side: Side, lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
 @lru_cache(4096)
 def way(request: Request) -> Way:
     """The form of least estimated time, and how to cut it."""
-    forms = _forms(sides_of(work(request)))
+    problem, sides = request.problem, sides_of(work(request))
+    forms, moved = _forms(sides), [side for side in sides if side.kernel > 1]
+    if len(moved) == 1 and moved[0].out > LONG:
+        sizes = zip(problem.spatial, problem.kernel, strict=True)
+        longer = dataclasses.replace(problem, spatial=tuple(size + LONGER * (k > 1) for size, k in sizes), batch=1)
+        forms = (_quickest(dataclasses.replace(request, problem=longer), forms).form,)
+    return _quickest(request, forms)
+
+
+def _quickest(request: Request, forms: tuple[Form, ...]) -> Way:
     cuts = (cut_by(request, form, whole) for form in forms for whole in {False, request.packed})
     return min(cuts, key=lambda cut: _cost(request, cut).seconds)
 

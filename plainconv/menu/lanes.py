@@ -98,27 +98,28 @@ def why_not(request: Request) -> str | None:
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
-Choose = Callable[[Request, cpu.Target], Tile]
+Sides = tuple[Side, Side, Side]
+Choose = Callable[[Request, cpu.Target, Sides], Tile]
 
 
-def lanes_of(request: Request, target: cpu.Target) -> int:
+def lanes_of(request: Request, target: cpu.Target, width: Side) -> int:
     """Lanes of the narrowest register that holds a row of the output, else of the widest there is."""
     size = compute_dtype(request.dtype).itemsize
     widest, least = target.bits // 8 // size, 16 // size
-    out = folded(request.problem)[2].out
-    return min(widest, max(least, 1 << (out - 1).bit_length()))
+    return min(widest, max(least, 1 << (width.out - 1).bit_length()))
 
 
-def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
+def best_tile(request: Request, target: cpu.Target, sides: Sides, most_outputs: int) -> Tile:
     """The tile that should be quickest, of those whose sums, weights and input fit the registers.
 
-    Only a low picture, or a short row, is looked at more closely; all others have the same tile.
+    Only a low picture, or a short row, is looked at more closely; all others have the same tile, so that a new size
+    needs no new kernel.
     """
     problem = request.problem
-    _, high, width = folded(problem)
+    _, high, width = sides
     if high.out == 1:
-        short = width.out <= SHORT * lanes_of(request, target)
-        counts = [(1, vectors) for vectors in ((8, 4, 2, 1) if short else (8,))]
+        low = width.out <= SHORT * lanes_of(request, target, width)
+        counts = [(1, vectors) for vectors in ((8, 4, 2, 1) if low else (8,))]
     else:
         low = high.out <= 2 * ROWS
         counts = [(count, 1) for count in (range(min(ROWS, high.out), 0, -1) if low else HIGH)]
@@ -130,16 +131,16 @@ def best_tile(request: Request, target: cpu.Target, most_outputs: int) -> Tile:
         if outputs <= most_outputs
         for count, vectors in counts
         for inner in {1, -(-high.kernel // -(-high.kernel // INNER))}
-        if _fits(Tile(outputs, count, vectors, inner), problem, target)
+        if _fits(Tile(outputs, count, vectors, inner), sides, target)
     ]
-    if high.out > 2 * ROWS:  # idle rows do not count
-        return min(tiles, key=lambda tile: (_column(request, target, tile) / tile.rows, tile))
-    return min(tiles, key=lambda tile: (_cycles(request, target, tile), tile))
+    if not low:  # idle rows, and what does not fill a tile, do not count
+        return min(tiles, key=lambda tile: (_column(request, target, sides, tile) / (tile.rows * tile.vectors), tile))
+    return min(tiles, key=lambda tile: (_cycles(request, target, sides, tile), tile))
 
 
-def _fits(tile: Tile, problem: ConvProblem, target: cpu.Target) -> bool:
+def _fits(tile: Tile, sides: Sides, target: cpu.Target) -> bool:
     """Whether sums and weights stay in registers; LLVM needs more room for what a stride picks, and around loops."""
-    depth, _, width = folded(problem)
+    depth, _, width = sides
     picks, arm = 1 < width.stride <= rows.PICKED_STRIDE, target.machine == "aarch64"
     crowded = picks * (2 if target.bits == 128 else 1) + (depth.kernel > 1)
     sums, weights = tile.outputs * tile.rows * tile.vectors, tile.outputs * tile.inner
@@ -156,13 +157,14 @@ def _fits(tile: Tile, problem: ConvProblem, target: cpu.Target) -> bool:
     return tile.rows <= most_rows and sums <= room and held <= target.registers
 
 
-def _cycles(request: Request, target: cpu.Target, tile: Tile) -> float:
+def _cycles(request: Request, target: cpu.Target, sides: Sides, tile: Tile) -> float:
     """Of all rows of one depth of one group's output, with this tile."""
-    _, high, width = folded(request.problem)
-    lanes = lanes_of(request, target)
+    _, high, width = sides
+    lanes = lanes_of(request, target, width)
     _, inside, single = _columns(width, lanes, tile.vectors)
     places, chunks = _places(tile, high), -(-high.kernel // tile.inner)
-    work = inside * _column(request, target, tile) + single * _column(request, target, tile._replace(vectors=1))
+    work = inside * _column(request, target, sides, tile)
+    work += single * _column(request, target, sides, tile._replace(vectors=1))
     return -(-high.out // tile.rows) * (TASK + chunks * places * FILL + work)
 
 
@@ -171,11 +173,11 @@ def _places(tile: Tile, high: Side) -> int:
     return len({r * high.stride + k * high.dilation for r in range(tile.rows) for k in range(tile.inner)})
 
 
-def _column(request: Request, target: cpu.Target, tile: Tile) -> float:
+def _column(request: Request, target: cpu.Target, sides: Sides, tile: Tile) -> float:
     """Cycles of a column of vectors, for all outputs of a group."""
     problem = request.problem
-    depth, high, width = folded(problem)
-    lanes, places, sums = lanes_of(request, target), _places(tile, high), tile.outputs * tile.rows * tile.vectors
+    depth, high, width = sides
+    lanes, places, sums = lanes_of(request, target, width), _places(tile, high), tile.outputs * tile.rows * tile.vectors
     vectors = places * tile.vectors
     products, weights = sums * tile.inner * width.kernel, tile.outputs * tile.inner * width.kernel
     loaded: float = width.kernel  # vectors of each place
@@ -232,7 +234,7 @@ def shape_of(part: Part, target: cpu.Target, tile: Tile, layout: Layout = Layout
         element=STORED[compute_dtype(request.dtype)],
         stored=STORED[request.dtype],
         native=natives(target) & {"half"} if request.dtype is torch.float16 else frozenset(),
-        lanes=lanes_of(request, target),
+        lanes=lanes_of(request, target, width),
         weight=part.weight,
         apart=part.step[-1],
         kernel=(depth.kernel, high.kernel, width.kernel),
@@ -241,7 +243,7 @@ def shape_of(part: Part, target: cpu.Target, tile: Tile, layout: Layout = Layout
         dilation=(high.dilation, width.dilation),
         sides="table" if bordered else "mask",
         spread=layout is Layout.SPREAD,
-        wide=width.out > 2 * rows.AHEAD * lanes_of(request, target),
+        wide=width.out > 2 * rows.AHEAD * lanes_of(request, target, width),
         one_channel=problem.group_in == 1,
         has_bias=request.has_bias,
         has_residual=request.has_residual,
@@ -329,7 +331,7 @@ def prepare(part: Part, choose: Choose, layout: Layout) -> Prepared:
     """The kernel and the tables of a part; a call only adds its tensors' addresses and strides."""
     request, problem, target = part.request, part.request.problem, cpu.Target.host()
     sides = depth, high, width = folded(problem, layout is Layout.PLAIN)
-    shape = shape_of(part, target, choose(request, target), layout)
+    shape = shape_of(part, target, choose(request, target, sides), layout)
     parts = cut(problem, shape, layout)
     sizes = {
         "groups": problem.groups,
@@ -438,14 +440,14 @@ def cost(request: Request, choose: Choose) -> Cost:
 def _part_cost(part: Part, choose: Choose) -> tuple[int, float]:
     """Multiplies, idle lanes too, and seconds of one thread's share."""
     request, problem, target = part.request, part.request.problem, cpu.Target.host()
-    tile = choose(request, target)
-    depth, high, width = folded(problem, not part.apart)
-    lanes, blocks = lanes_of(request, target), -(-high.out // tile.rows)
+    depth, high, width = sides = folded(problem, not part.apart)
+    tile = choose(request, target, sides)
+    lanes, blocks = lanes_of(request, target, width), -(-high.out // tile.rows)
     _, inside, single = _columns(width, lanes, tile.vectors)
     planes = problem.batch * problem.groups * depth.out
     tasks = planes * blocks
     threads = min(max(request.threads, 1), max(tasks, 1))
     share = -(-tasks // threads) / max(tasks, 1)  # the largest
-    work = planes * _cycles(request, target, tile) * share / CYCLES_PER_SECOND
+    work = planes * _cycles(request, target, sides, tile) * share / CYCLES_PER_SECOND
     sums = tasks * (inside * tile.vectors + single) * tile.rows * problem.group_out * lanes
     return sums * problem.group_in * problem.taps, work

@@ -27,8 +27,8 @@ from plainconv.problem import Direction, Request
 MOST_OUTPUTS = 6  # of a tile
 
 
-def _tile(request: Request, target: Target) -> lanes.Tile:
-    return lanes.best_tile(request, target, MOST_OUTPUTS)
+def _tile(request: Request, target: Target, sides: lanes.Sides) -> lanes.Tile:
+    return lanes.best_tile(request, target, sides, MOST_OUTPUTS)
 
 
 def _why_not(request: Request) -> str | None:

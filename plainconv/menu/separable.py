@@ -104,12 +104,12 @@ def lines(w: Tensor) -> tuple[Tensor, ...] | str:
 # -- the passes ------------------------------------------------------------------------------------------------------
 
 
-def _row(request: Request, target: cpu.Target) -> lanes.Tile:
+def _row(request: Request, target: cpu.Target, sides: lanes.Sides) -> lanes.Tile:
     return lanes.Tile(1, 1, VECTORS, 1)
 
 
-def _tile(request: Request, target: cpu.Target) -> lanes.Tile:
-    return lanes.best_tile(request, target, 1)
+def _tile(request: Request, target: cpu.Target, sides: lanes.Sides) -> lanes.Tile:
+    return lanes.best_tile(request, target, sides, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +187,8 @@ def _made(request: Request, part: Part) -> Passes:
         along = dataclasses.replace(bare, problem=between)
     across = plane(1, problem.spatial[-2:], bare)
     down = plane(0, across.request.problem.out, part.request)
-    high = folded(down.request.problem, False)[1]
-    block = min(_tile(down.request, target).rows, high.out)
+    _, high, _ = sides = folded(down.request.problem, False)
+    block = min(_tile(down.request, target, sides).rows, high.out)
     size = request.dtype.itemsize
     pitch = (-(-across.request.problem.out[1] * size // LINE) | 1) * LINE // size
     reach = (high.kernel - 1) * high.dilation + 1
