@@ -1,4 +1,4 @@
-"""A thousand sizes in a row: kernels are compiled for the first of them, and memory is bounded."""
+"""New sizes: kernels are compiled for the first of them, few for small ones, and memory is bounded."""
 
 import gc
 from pathlib import Path
@@ -42,25 +42,30 @@ def made(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from /proc")
 @pytest.mark.parametrize(
-    ("algorithm", "channels", "taps", "groups", "last"),
+    ("algorithm", "channels", "taps", "groups", "last", "back"),
     [
-        ("narrow", 3, 3, 1, False),
-        ("depthwise", 4, 3, 4, False),
-        ("depthwise", 20, 3, 20, True),
-        pytest.param("direct", 6, 3, 1, False, marks=pytest.mark.slow),
-        pytest.param("direct", 6, 3, 1, True, marks=pytest.mark.slow),
-        pytest.param("pointwise", 6, 1, 1, False, marks=pytest.mark.slow),
-        pytest.param("pointwise", 6, 1, 1, True, marks=pytest.mark.slow),
+        ("narrow", 3, 3, 1, False, False),
+        ("depthwise", 4, 3, 4, False, False),
+        ("depthwise", 20, 3, 20, True, False),
+        pytest.param("direct", 6, 3, 1, False, False, marks=pytest.mark.slow),
+        pytest.param("direct", 6, 3, 1, True, False, marks=pytest.mark.slow),
+        pytest.param("pointwise", 6, 1, 1, False, False, marks=pytest.mark.slow),
+        pytest.param("pointwise", 6, 1, 1, True, False, marks=pytest.mark.slow),
+        pytest.param("depthwise", 4, 3, 4, False, True, marks=pytest.mark.slow),
+        pytest.param("depthwise", 20, 3, 20, True, True, marks=pytest.mark.slow),
+        pytest.param("auto", 6, 3, 1, False, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_thousand_sizes(algorithm, channels, taps, groups, last, made):
-    weight = torch.randn(channels, channels // groups, taps, taps)
+def test_a_thousand_sizes(algorithm, channels, taps, groups, last, back, made):
+    weight = torch.randn(channels, channels // groups, taps, taps, requires_grad=back)
     compiled, before = [], 0
     assert len(set(SIZES)) == len(SIZES)
     for number, (high, wide) in enumerate(SIZES):
         x = torch.randn(1 + number % 3, channels, high, wide)
-        x = channels_last(x) if last else x
+        x = (channels_last(x) if last else x).requires_grad_(back)
         found = plainconv.conv2d(x, weight, groups=groups, algorithm=algorithm)
+        if back:
+            found.backward(torch.ones_like(found))
         if number % 100 == 0:
             expected = torch.nn.functional.conv2d(x, weight, groups=groups)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -72,3 +77,93 @@ def test_a_thousand_sizes(algorithm, channels, taps, groups, last, made):
     assert compiled[2] == compiled[-1], f"new sizes went on compiling: {compiled}"
     assert resident() - before < MOST_GROWTH
     assert sum(remember._sizes.values()) <= remember.MOST_BYTES
+
+
+# Larger than what has kernels of its own: see the last test.
+PICTURES = [(101 + i * 7 % 60, 103 + i * 13 % 150) for i in range(12)]
+LINES = [(6100 + i * 397 % 6000,) for i in range(12)]
+GRADIENTS = "weight", "input"
+
+
+def layer(name, x, weight, sizes, last=False, gradients=GRADIENTS, more=0, slow=False, **how):
+    """A case: a function of plainconv's by its name, channels of its input, and the sizes that it meets.
+
+    more: kernels that are made later; winograd adds up its weight's gradient in another way where one chunk is enough.
+    """
+    told = f"{how['algorithm']} {name} {'x'.join(map(str, weight))}{' channels_last' * last}"
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(name, x, weight, sizes, last, gradients, more, how, id=told, marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "weight", "sizes", "last", "gradients", "more", "how"),
+    [
+        layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="auto", padding=1, more=1),
+        layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="auto", padding=1, last=True, more=1, slow=True),
+        layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="winograd", stride=2, gradients=("input",), slow=True),
+        layer("conv2d", 8, (8, 1, 3, 3), PICTURES, algorithm="auto", groups=8),
+        layer("conv2d", 20, (20, 1, 3, 3), PICTURES, algorithm="auto", groups=20, last=True, slow=True),
+        layer("conv2d", 3, (6, 3, 3, 3), PICTURES, algorithm="narrow", slow=True),
+        layer("conv2d", 24, (24, 24, 3, 3), PICTURES, algorithm="direct", last=True, slow=True),
+        layer("conv2d", 16, (16, 16, 7, 7), PICTURES, algorithm="fft", gradients=("input",), slow=True),
+        layer("conv2d", 3, (3, 1, 5, 5), PICTURES, algorithm="separable", groups=3, gradients=("input",)),
+        layer("conv1d", 16, (16, 16, 3), LINES, algorithm="direct", padding=1),
+        layer("conv1d", 16, (16, 16, 3), LINES, algorithm="direct", stride=2, slow=True),
+        layer("conv1d", 16, (16, 16, 3), LINES, algorithm="winograd", slow=True),
+        layer("conv1d", 16, (16, 1, 3), LINES, algorithm="depthwise", groups=16),
+        layer("conv1d", 3, (6, 3, 3), LINES, algorithm="narrow", slow=True),
+        layer("conv1d", 16, (16, 16, 7), LINES, algorithm="fft", gradients=("input",)),
+        layer("conv_transpose1d", 16, (16, 16, 16), LINES, algorithm="auto", stride=8, padding=4),
+        layer("conv_transpose1d", 16, (16, 16, 4), LINES, algorithm="auto", stride=2, padding=1),
+        layer("conv_transpose1d", 16, (16, 16, 3), LINES, algorithm="direct", padding=1, slow=True),
+    ],
+)
+def test_a_new_size_compiles_nothing(name, channels, weight, sizes, last, gradients, more, how, made):
+    w = torch.ones(weight) if how["algorithm"] == "separable" else torch.randn(weight)
+    known = {key: value for key, value in how.items() if key != "algorithm"}
+    first = 0
+    for number, size in enumerate(sizes):
+        x = torch.randn(1 + number % 2, channels, *size)
+        x = channels_last(x) if last else x
+        given = x.requires_grad_("input" in gradients), w.detach().requires_grad_("weight" in gradients)
+        found = getattr(plainconv, name)(*given, **how)
+        wanted = [tensor for tensor in given if tensor.requires_grad]
+        made_of = torch.autograd.grad(found, wanted, torch.ones_like(found))
+        if number == 0:
+            first = len(made)
+        if number in (0, len(sizes) - 1):
+            expected = getattr(torch.nn.functional, name)(*given, **known)
+            of_torch = torch.autograd.grad(expected, wanted, torch.ones_like(expected))
+            for one, other in zip((found, *made_of), (expected, *of_torch), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.detach().abs().max()))
+    assert first >= 1
+    assert first <= len(made) <= first + more
+
+
+SMALL = [(n, n) for n in range(4, 33)] + [(4 + i * 5 % 29, 4 + i * 7 % 29) for i in range(29)]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "sizes", "how", "most"),
+    [
+        # Each number of vectors that a tile of a small result can have, and two widths of a vector; a pack for each.
+        ("conv_transpose1d", (16, 16, 4), [(n,) for n in range(4, 300)], {"stride": 2}, 12),
+        pytest.param("conv2d", (6, 6, 3, 3), SMALL, {"algorithm": "direct"}, 10, marks=pytest.mark.slow),
+        pytest.param("conv2d", (6, 6, 1, 1), SMALL, {"algorithm": "pointwise"}, 10, marks=pytest.mark.slow),
+        # Each number of rows up to 14, and three widths of a vector for rows that are narrower than the widest.
+        pytest.param("conv2d", (6, 3, 3, 3), SMALL, {"algorithm": "narrow"}, 28, marks=pytest.mark.slow),
+        pytest.param(
+            "conv2d", (4, 1, 3, 3), SMALL, {"algorithm": "depthwise", "groups": 4}, 28, marks=pytest.mark.slow
+        ),
+        # Tiles of 2 or 4 outputs along each dimension, for few tiles or many; two kernels of each.
+        pytest.param("conv2d", (16, 16, 3, 3), SMALL, {"algorithm": "winograd"}, 16, marks=pytest.mark.slow),
+        pytest.param("conv2d", (16, 16, 7, 7), SMALL, {"algorithm": "fft", "padding": 3}, 16, marks=pytest.mark.slow),
+        pytest.param("conv2d", (16, 16, 3, 3), SMALL, {"padding": 1}, 28, marks=pytest.mark.slow),
+    ],
+)
+def test_small_sizes_have_few_kernels(name, weight, sizes, how, most, made):
+    w = torch.randn(weight)
+    for number, size in enumerate(sizes):
+        x = torch.randn(1 + number % 2, weight[1] * how.get("groups", 1), *size)
+        getattr(plainconv, name)(x, w, **how)
+    assert 1 <= len(made) <= most, f"{len(made)} kernels"

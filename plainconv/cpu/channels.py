@@ -38,7 +38,8 @@ Borders are tables: which element of the input a place shows, or -1.  What lies 
 zeros; unless a weight of the group is infinite or NaN, whose product with zero is NaN.  Tiles inside step from pixel to
 pixel; those at the edges, and the narrower ones that end the row, look each pixel up.
 
-Sizes are arguments, so that a new image size compiles nothing: `Shape` has all that the text depends on.
+Sizes are arguments: `Shape` has all that the text depends on.  Of the tile, it is the caller who knows which sizes have
+one of their own.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ columns lie inside, where loads need no care.  The columns at the edges (and tho
 masks: lanes in the border are zeros and nothing outside is read; for the other padding modes they are gathered through
 a table.  A stride of more than 4 gathers, and so does an input whose rows are not contiguous (`spread`).
 
-Sizes are arguments, so that a new image size compiles nothing: `Shape` has all that the text depends on.
+Sizes are arguments: `Shape` has all that the text depends on.  Of the tile, it is the caller who knows which sizes have
+one of their own.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from plainconv.problem import Direction, Request
 SQUARE = (8, 16)  # lengths, where the kernel moves along rows and width
 LINE = (8, 16, 32, 64)  # and where along one of them
 MOST_BLOCKS = 64
-LONG = 512  # places of a line: longer ones have the same tiles, so that a new length needs no new kernel ...
-LONGER = 1 << 20  # ... those of a line that is longer by so much
+LONG = {1: 512, 2: 64}  # places along each of so many dimensions: what is longer has one form for all sizes ...
+LONGER = 1 << 20  # ... that of what is longer by so much
 
 # Cycles of the transforms for each vector of each number, and for each halving of a row.
 EACH = 2.4
@@ -86,7 +86,7 @@ def way(request: Request) -> Way:
     """The form of least estimated time, and how to cut it."""
     problem, sides = request.problem, sides_of(work(request))
     forms, moved = _forms(sides), [side for side in sides if side.kernel > 1]
-    if len(moved) == 1 and moved[0].out > LONG:
+    if min(side.out for side in moved) > LONG[len(moved)]:
         sizes = zip(problem.spatial, problem.kernel, strict=True)
         longer = dataclasses.replace(problem, spatial=tuple(size + LONGER * (k > 1) for size, k in sizes), batch=1)
         forms = (_quickest(dataclasses.replace(request, problem=longer), forms).form,)

@@ -13,6 +13,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import rows
 from plainconv.menu import depthwise, lanes, narrow
 from plainconv.menu.base import Tensors
+from plainconv.menu.engine import folded
 from plainconv.menu.parts import parts
 from plainconv.problem import ConvProblem, Direction
 
@@ -265,7 +266,10 @@ def test_a_new_size_compiles_nothing(module, text, direction, count):
         for n, h, w in sizes:
             asked = request(ConvProblem.parse(text.format(n=n, h=h, w=w)), direction, torch.float32)
             for part in parts(asked):
-                found.add(rows.text(lanes.shape_of(part, target, module._tile(part.request, target))))
+                layout, sides = lanes.Layout.PLAIN, folded(part.request.problem, not part.apart)
+                if part.apart:
+                    layout = lanes.Layout.ROWS
+                found.add(rows.text(lanes.shape_of(part, target, module._tile(part.request, target, sides), layout)))
         return found
 
     assert len(texts([(1, 60, 1100), (2, 61, 2400), (3, 77, 5001), (4, 1000, 1664)])) == count
@@ -290,7 +294,7 @@ NO_SPILLS = [
 @assembly.every_target
 def test_the_sums_stay_in_registers(module, text, target):
     asked = asked_for(module, text)
-    shape = lanes.shape_of(parts(asked)[0], target, module._tile(asked, target))
+    shape = lanes.shape_of(parts(asked)[0], target, module._tile(asked, target, folded(asked.problem)))
     code = cpu.assembly(rows.text(shape), target)
     inside = assembly.main_tile(code)
     taps = shape.kernel[2] if shape.unrolled else 1
