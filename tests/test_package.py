@@ -33,6 +33,7 @@ FLOORS = {
     "onnx": 1,
     "settings": 1,
     "cpu": 1,
+    "gpu": 1,
     "arguments": 1,
     "timing": 1,
     "reference": 2,

@@ -12,7 +12,7 @@ Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded u
 
 from __future__ import annotations
 
-from plainconv.menu import engine, products
+from plainconv.menu import products
 from plainconv.menu.base import Algorithm, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
@@ -21,7 +21,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps == 1:
         return "with a kernel of one tap it is what pointwise is"
-    return engine.why_not(request)
+    return products.why_not(request)
 
 
 ALGORITHM = folding(

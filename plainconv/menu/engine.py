@@ -108,11 +108,16 @@ def why_not(request: Request) -> str | None:
     """The sentence for what none of the engine's kernels does."""
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
+    return unlike(request) or too_far(request.problem) or cpu.why_not()
+
+
+def unlike(request: Request) -> str | None:
+    """The sentence for what no engine's kernels do, on any device."""
     if request.dtype not in STORED:
         return f"its kernels compute in floating-point numbers, not {str(request.dtype).removeprefix('torch.')}"
     if request.problem.dims > 3:
         return "its loops are for at most three dimensions"
-    return too_far(request.problem) or cpu.why_not()
+    return None
 
 
 class Side(NamedTuple):

@@ -10,7 +10,7 @@ Cost: n * o * c/g * out multiplies, places (or output channels) rounded up to la
 
 from __future__ import annotations
 
-from plainconv.menu import engine, products
+from plainconv.menu import products
 from plainconv.menu.base import Algorithm, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
@@ -19,7 +19,7 @@ from plainconv.problem import Request
 def _why_not(request: Request) -> str | None:
     if request.problem.taps != 1:
         return f"it is for kernels of one tap, and this one has {request.problem.taps}"
-    return engine.why_not(request)
+    return products.why_not(request)
 
 
 ALGORITHM = folding(

@@ -1,7 +1,8 @@
-"""Which of the dense kernels serves a direction, for `direct` and `pointwise` alike.
+"""Which of the dense kernels serves a direction on a device, for `direct` and `pointwise` alike.
 
-A kernel as large as the image meets it in one place, and the convolution is a plain product of matrices: images take
-the role of places, and the taps of a channel that of channels.  So a weight that no cache keeps is read once for all.
+On a CPU, a kernel as large as the image meets it in one place, and the convolution is a plain product of matrices:
+images take the role of places, and the taps of a channel that of channels.  So a weight that no cache keeps is read
+once for all.
 
     y[n, o]  =  sum over (c, t)  of  w[o, (c, t)] * x[n, (c, t)]
 """
@@ -15,21 +16,30 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
-from plainconv.menu import dense, weights
+from plainconv.menu import dense, engine, implicit, weights
 from plainconv.menu.base import Bound, Cost, Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
 WORTH = 1 << 16  # numbers of a weight, from which views of all tensors cost little beside the product
 
 
+def why_not(request: Request) -> str | None:
+    """The sentence for what the device's kernels do not serve."""
+    return implicit.why_not(request) if request.device == "cuda" else engine.why_not(request)
+
+
 def cost(request: Request) -> Cost:
     """That of the direction's kernel."""
+    if request.device == "cuda":
+        return implicit.cost(request)
     request = _product(request) or request
     return weights.cost(request) if request.direction is Direction.GRAD_WEIGHT else dense.cost(request)
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
+    if request.device == "cuda":
+        return implicit.bind(request, tensors)
     if product := _product(request):
         return _bind_product(request, product, tensors, bind)
     if request.direction is Direction.GRAD_WEIGHT:
@@ -39,6 +49,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
 
 def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
     """The same for a weight that stays."""
+    if request.device == "cuda":
+        return implicit.bind(request, tensors, made)
     if product := _product(request):
         order = "taps, channels" if request.channels_last else "channels, taps"  # of the weight's columns
         own = {key[1]: kept for key, kept in tuple(made.items()) if key[0] == order}

@@ -1,0 +1,1 @@
+"""Kernels: nothing but functions that Triton compiles, an idea a file."""

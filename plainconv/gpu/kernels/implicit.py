@@ -1,0 +1,183 @@
+"""Implicit GEMM: a convolution as one matrix product whose large factor is never written down.
+
+    made[m, n]  =  sum over t, k  of  read[place(m) meets tap t, k] * weight[n, t, k]
+
+m counts the places of all images, n the channels of a group that are made, k those that are summed over.  The rows of
+the large factor are windows of what is read, so each step of the product loads its tile from where the tap lies.
+Channels are the inner steps: a tap's rows serve all of them.
+
+FORWARD makes y and reads x.  GRAD_INPUT makes x and reads y: an element i of x met tap d*t of stride s only where
+s divides i + lo - d*t, so elements with one remainder r = i mod s (a phase) share their taps, every p-th one with
+p = s / gcd(s, d), and in a phase no product is wasted:
+
+                 made at      reads at                                    taps
+    FORWARD      u            u*s - lo + t*d                              t             t < kernel
+    GRAD_INPUT   u*s + r      u + (r + lo - first*d)/s - t*d*p/s          first + t*p   first + t*p < kernel
+
+The tile lies as the result does, so that neighbouring threads store neighbours: [m, n] if channels are innermost, else
+[n, m].  Programs are numbered so that those that run together share tiles of both factors in the second-level cache.
+"""
+
+import triton
+import triton.language as tl
+
+from plainconv.gpu.kernels.activation import activated
+from plainconv.gpu.kernels.border import shown
+
+
+@triton.jit
+def _phase(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, PERIOD: tl.constexpr):
+    """Of GRAD_INPUT, along a dimension: the first tap, how many there are, where that reads for u = 0, and places."""
+    first = KERNEL
+    for t in range(min(PERIOD, KERNEL)):
+        first = tl.where((r + low - t * DILATION) % STRIDE == 0, t, first)
+    return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)
+
+
+@triton.jit
+def _offset(i, d, h, w, strides, UNIT: tl.constexpr):
+    """Of a place in memory, in 64 bits."""
+    i, d, h, w = i.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    return (i * strides[0] + d * strides[1] + h * strides[2] + w * strides[3]) * UNIT
+
+
+NUMBERS = ("images", "inner", "outer", "groups", "low", "end", "size")
+STRIDES = ("read_channel", "read_place", "made_channel", "made_place")
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, *STRIDES])
+def implicit(
+    read,  # x or y
+    weight,  # [o, taps, c/g], contiguous
+    bias,  # [channels made], or None
+    residual,  # lies as what is made, or None
+    made,  # y or x
+    images,
+    inner,  # channels of a group that are summed over, in INNER_UNITs
+    outer,  # channels of a group that are made, in OUTER_UNITs
+    groups,
+    low,  # depth, rows, width: padding before
+    end,  # behind the last element that is left, of what is read
+    size,  # of what is made
+    read_channel,  # strides of what is read
+    read_place,  # image, depth, rows, width; where READ_LAST in INNER_UNITs
+    made_channel,  # of what is made
+    made_place,  # where MADE_LAST in OUTER_UNITs
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    PERIOD: tl.constexpr,  # from one tap of a phase to the next
+    MODE: tl.constexpr,
+    ADJOINT: tl.constexpr,  # GRAD_INPUT
+    READ_LAST: tl.constexpr,  # whether the channels of what is read are neighbours
+    MADE_LAST: tl.constexpr,
+    INNER_UNIT: tl.constexpr,  # channels that are moved at once
+    OUTER_UNIT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PLACES: tl.constexpr,  # of a tile
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SHARE: tl.constexpr,  # tiles of places that run beside each other
+):
+    """A tile of the result for each program."""
+    READ_UNIT: tl.constexpr = INNER_UNIT if READ_LAST else 1
+    MADE_UNIT: tl.constexpr = OUTER_UNIT if MADE_LAST else 1
+    M: tl.constexpr = 0 if MADE_LAST else 1  # the axis of a tile that places are along
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    SUM: tl.constexpr = tl.float64 if made.dtype.element_ty == tl.float64 else tl.float32
+    inner *= INNER_UNIT
+    outer *= OUTER_UNIT
+    if READ_LAST:
+        read_channel = 1
+    if MADE_LAST:
+        made_channel = 1
+
+    # -- which phase, group and tile ---------------------------------------------------------------------------------
+    size_d, size_h, size_w = size[0], size[1], size[2]
+    if ADJOINT:
+        phases_h, phases_w = tl.minimum(size_h, STRIDE[1]), tl.minimum(size_w, STRIDE[2])
+        size_d, size_h, size_w = tl.cdiv(size_d, STRIDE[0]), tl.cdiv(size_h, STRIDE[1]), tl.cdiv(size_w, STRIDE[2])
+    rows = tl.cdiv(images * size_d * size_h * size_w, PLACES)  # of tiles; no phase has more than the first
+    columns = tl.cdiv(outer, OUTPUTS)
+    program = tl.program_id(0)
+    which = program // (rows * columns)
+    program -= which * rows * columns
+    group = (which % groups).to(tl.int64)
+    row = program // (SHARE * columns) * SHARE
+    program -= row * columns
+    share = tl.minimum(rows - row, SHARE)
+    row += program % share
+    column = program // share
+
+    r_d, r_h, r_w, first_d, first_h, first_w = 0, 0, 0, 0, 0, 0
+    taps_d, taps_h, taps_w = KERNEL[0], KERNEL[1], KERNEL[2]
+    from_d, from_h, from_w = -low[0], -low[1], -low[2]
+    if ADJOINT:
+        phase = which // groups
+        r_d, r_h, r_w = phase // phases_w // phases_h, phase // phases_w % phases_h, phase % phases_w
+        first_d, taps_d, from_d, size_d = _phase(r_d, low[0], size[0], KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
+        first_h, taps_h, from_h, size_h = _phase(r_h, low[1], size[1], KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
+        first_w, taps_w, from_w, size_w = _phase(r_w, low[2], size[2], KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
+
+    # -- its places and channels -------------------------------------------------------------------------------------
+    m = row * PLACES + tl.arange(0, PLACES)
+    n = column * OUTPUTS + tl.arange(0, OUTPUTS)
+    w = m % size_w
+    h = m // size_w % size_h
+    d = m // (size_w * size_h) % size_d
+    i = m // (size_w * size_h * size_d)
+    is_place, is_made = i < images, n < outer
+
+    # -- the product -------------------------------------------------------------------------------------------------
+    read += group * inner * read_channel
+    weight += group * inner * outer * TAPS
+    steps = tl.cdiv(inner, DEPTH)
+    total = tl.zeros((PLACES, OUTPUTS) if MADE_LAST else (OUTPUTS, PLACES), SUM)
+    for step in range(taps_d * taps_h * taps_w * steps):
+        tap = step // steps
+        k = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
+        t_d, t_h, t_w = tap // taps_w // taps_h, tap // taps_w % taps_h, tap % taps_w
+        if ADJOINT:
+            at_d = d + from_d - t_d * (DILATION[0] * PERIOD[0] // STRIDE[0])
+            at_h = h + from_h - t_h * (DILATION[1] * PERIOD[1] // STRIDE[1])
+            at_w = w + from_w - t_w * (DILATION[2] * PERIOD[2] // STRIDE[2])
+        else:
+            at_d = shown(d * STRIDE[0] + from_d + t_d * DILATION[0], low[0], end[0], MODE)
+            at_h = shown(h * STRIDE[1] + from_h + t_h * DILATION[1], low[1], end[1], MODE)
+            at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low[2], end[2], MODE)
+        inside = (at_d >= 0) & (at_d < end[0]) & (at_h >= 0) & (at_h < end[1]) & (at_w >= 0) & (at_w < end[2])
+        at = _offset(i, at_d, at_h, at_w, read_place, READ_UNIT)
+        channel = k.to(tl.int64) * read_channel
+        is_read = k < inner
+        factor = tl.load(
+            read + tl.expand_dims(at, 1 - M) + tl.expand_dims(channel, M),
+            mask=tl.expand_dims(is_place & inside, 1 - M) & tl.expand_dims(is_read, M),
+            other=0.0,
+        )
+        t_d, t_h, t_w = first_d + t_d * PERIOD[0], first_h + t_h * PERIOD[1], first_w + t_w * PERIOD[2]
+        t = (t_d * KERNEL[1] + t_h) * KERNEL[2] + t_w
+        if ADJOINT:  # weight [k, taps, n]
+            along_k, along_n, of_tap = k.to(tl.int64) * (TAPS * outer), n, t * outer
+        else:  # [n, taps, k]
+            along_k, along_n, of_tap = k, n.to(tl.int64) * (TAPS * inner), t * inner
+        other = tl.load(
+            weight + of_tap + tl.expand_dims(along_k, 1 - M) + tl.expand_dims(along_n, M),
+            mask=tl.expand_dims(is_read, 1 - M) & tl.expand_dims(is_made, M),
+            other=0.0,
+        )
+        a, b = (factor, other) if MADE_LAST else (other, factor)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
+
+    # -- what comes behind -------------------------------------------------------------------------------------------
+    n = group * outer + n
+    if bias is not None:
+        total += tl.expand_dims(tl.load(bias + n, mask=is_made, other=0.0).to(SUM), M)
+    if ADJOINT:
+        d, h, w = d * STRIDE[0] + r_d, h * STRIDE[1] + r_h, w * STRIDE[2] + r_w
+    at = tl.expand_dims(_offset(i, d, h, w, made_place, MADE_UNIT), 1 - M)
+    at += tl.expand_dims(n * made_channel, M)
+    mask = tl.expand_dims(is_place, 1 - M) & tl.expand_dims(is_made, M)
+    if residual is not None:
+        total += tl.load(residual + at, mask=mask, other=0.0).to(SUM)
+    tl.store(made + at, activated(total, ACTIVATION).to(made.dtype.element_ty), mask=mask)

@@ -1,0 +1,99 @@
+"""direct and pointwise on a GPU, in the interpreter: every border, stride and format, each type, and what is fused."""
+
+import math
+
+import pytest
+import torch
+from checks import ACTIVATIONS, CASES, channels_inside, channels_last, reals, spread
+from interpreted import asked, check, check_guarded, check_packed, far, result
+
+from plainconv.menu.base import FLOATS
+from plainconv.problem import ConvProblem, Direction
+
+MAPS = (Direction.FORWARD, Direction.GRAD_INPUT)
+directions = pytest.mark.parametrize("direction", MAPS, ids=lambda direction: direction.value)
+formats = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+CHANNELS = "n2 c40 o35 x5x4 k3x2 s1x2 p1 g1"
+
+
+def name(text: str) -> str:
+    return "pointwise" if ConvProblem.parse(text).taps == 1 else "direct"
+
+
+@directions
+@pytest.mark.parametrize("case", CASES)
+def test_every_border_stride_and_rank(case, direction, interpreted):
+    """Formats in turn: a fault that needs both is not expected."""
+    last = (list(CASES).index(case) + MAPS.index(direction)) % 2 == 1
+    interpreted(check, name(CASES[case]), asked(CASES[case], direction, channels_last=last))
+
+
+@directions
+@formats
+@pytest.mark.parametrize("text", [CHANNELS, "n3 c36 o40 x5x7 k1x1 s2x1", "n2 c24 o40 x4x9 k3x2 s2x3 p1x2 d2x1 g2"])
+def test_many_tiles_and_steps(text, direction, last, interpreted):
+    interpreted(check, name(text), asked(text, direction, channels_last=last), small=True)
+
+
+@directions
+@formats
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_types(dtype, direction, last, interpreted):
+    request = asked("n2 c6 o16 x5x6 k3x3 s1x2 p1 g2", direction, dtype, channels_last=last)
+    interpreted(check, "direct", request)
+    interpreted(check, "direct", request, reals)
+
+
+@directions
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_fused(activation, direction, interpreted):
+    last = list(ACTIVATIONS).index(activation) % 2 == 0
+    more = {"has_bias": True, "has_residual": True, "activation": activation, "channels_last": last}
+    request = asked("n2 c4 o6 x4x5 k2x3 s2x1 p1 g2", direction, torch.bfloat16 if last else torch.float32, **more)
+    interpreted(check, "direct", request, reals)
+
+
+@directions
+@pytest.mark.parametrize("layout", [spread, channels_last, channels_inside, far])
+def test_tensors_that_lie_otherwise(layout, direction, interpreted):
+    for last in (False, True):
+        request = asked("n2 c2 o2 x4x5 k3x2 p1 s1x2", direction, channels_last=last)
+        interpreted(check, "direct", request, layout=layout)
+
+
+@directions
+@formats
+def test_nothing_outside_is_touched(direction, last, interpreted):
+    for text in ("n2 c8 o6 x5x4 k3x3 s2 p1", "n1 c3 o17 x7 k2 p0:3", "n2 c5 o4 x6x6 k1x1"):
+        interpreted(check_guarded, name(text), asked(text, direction, has_bias=True, channels_last=last))
+
+
+@directions
+def test_a_weight_that_stays_is_turned_once(direction, interpreted):
+    for text in ("n2 c4 o6 x5x4 k3x3 p1", "n2 c4 o6 x5x4 k3x3 p1 mreflect"):
+        interpreted(check_packed, "direct", asked(text, direction, torch.bfloat16))
+
+
+@directions
+def test_a_missing_tap_is_seen(direction, interpreted):
+    with pytest.raises(AssertionError, match="elements differ"):
+        interpreted(check, "direct", asked(CASES["groups"], direction), blind=True)
+
+
+def test_padding_is_multiplied_and_a_nan_reaches_its_windows_alone(interpreted):
+    request = asked("n1 c1 o1 x1x5 k1x3 p0x1", Direction.FORWARD)
+    x, w = torch.zeros(1, 1, 1, 5), torch.ones(1, 1, 1, 3)
+    x[..., 0] = math.nan
+    made = interpreted(result, "direct", request, x, w)
+    assert made.isnan().flatten().tolist() == [True, True, False, False, False]
+    w[..., 0] = math.inf
+    made = interpreted(result, "direct", request, torch.ones(1, 1, 1, 5), w)
+    assert made.flatten().tolist()[1:] == [math.inf] * 4
+    assert made[..., 0].isnan()
+
+
+def test_relu_keeps_a_nan(interpreted):
+    x, w = torch.full((1, 1, 1, 2), math.nan), torch.ones(1, 1, 1, 1)
+    for activation in ("relu", "relu6", "leaky_relu"):
+        request = asked("n1 c1 o1 x1x2 k1x1", Direction.FORWARD, activation=activation)
+        assert interpreted(result, "pointwise", request, x, w).isnan().all()
