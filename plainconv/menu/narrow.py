@@ -11,7 +11,7 @@ In channels_last the lanes are neighbouring output channels instead, of one grou
 channel serves all the outputs of a tile of rows and pixels that it lies under: plainconv/cpu/channels.py.
 
 Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace
-is room for a weight that is not contiguous, for the sums of GRAD_WEIGHT, or for a padded gradient (see fold.py).
+is room for a weight that is not contiguous, for the sums of GRAD_WEIGHT, or for the gradient of a border (see fold.py).
 """
 
 from __future__ import annotations
