@@ -27,14 +27,14 @@ Matrix = tuple[tuple[Fraction, ...], ...]
 Three = tuple[int, int, int]
 
 
+# By their number: those that make the numbers behind them least larger than the result (`growth` of
+# plainconv.menu.winograd), of all fractions from 1/4 to 3 with a denominator of up to 4, or 8.
+POINTS = ("", "0", "0 1", "0 1 -1", "3/8 -3/8 5/4 -5/4", "0 2/3 -2/3 3/2 -3/2", "1/4 -1/4 7/8 -7/8 7/4 -7/4")
+
+
 def points(count: int) -> tuple[Fraction, ...]:
-    """0, 1, -1, 2, -2, 1/2, -1/2, ...: few digits in, few digits lost."""
-    found = [Fraction(0)]
-    size = Fraction(1)
-    while len(found) < count:
-        found += [size, -size]
-        size = 1 / size if size > 1 else 1 / size + 1
-    return tuple(found[:count])
+    """Of both signs, so that sums are shared; with few digits, so that few are lost."""
+    return tuple(map(Fraction, POINTS[count].split()))
 
 
 @lru_cache(64)
@@ -102,22 +102,32 @@ def turned(outputs: int, taps: int, stride: int, shift: int) -> Along:
 
     Result i is  sum over k of  w[k] y[(i + shift - k) / stride],  0 <= shift < stride, where that is whole.
     """
-    parts = [(part, len(range(part, taps, stride))) for part in range(stride)]
-    # The place that a part's first result reads with its first tap: y[0], or y[1] if i + shift went round.
-    nearest = [int(part < shift) for part, _ in parts]
-    first = min(near - count + 1 for near, (_, count) in zip(nearest, parts, strict=True))
-    places = max(nearest) + outputs - first
+    parts, first = _parts(taps, stride, shift), turned_first(taps, stride, shift)
+    places = max(near for _, near, _ in parts) + outputs - first
     rows: list[tuple[Fraction, ...]] = [()] * (stride * outputs)
     weights: list[tuple[Fraction, ...]] = []
     forth: list[tuple[Fraction, ...]] = []
-    total = sum(outputs + count - 1 for _, count in parts)
-    for near, (part, count) in zip(nearest, parts, strict=True):
+    total = sum(outputs + count - 1 for *_, count in parts)
+    for part, near, count in parts:
         a, g, b = forms(outputs, count)
         for i, row in enumerate(a):
             rows[i * stride + (part - shift) % stride] = _spread(row, total, len(weights), 1)
         weights += [_spread(row[::-1], taps, part, stride) for row in g]
         forth += [_spread(row, places, near - count + 1 - first, 1) for row in b]
     return Along(tuple(rows), tuple(weights), tuple(forth), outputs, first)
+
+
+def turned_first(taps: int, stride: int, shift: int) -> int:
+    """`Along.first` of `turned`, however many taps there are."""
+    return min(near - count + 1 for _, near, count in _parts(taps, stride, shift))
+
+
+def _parts(taps: int, stride: int, shift: int) -> list[tuple[int, int, int]]:
+    """Of the results: the number, the place that the first reads with its first tap, and how many taps.
+
+    That place is y[0], or y[1] if i + shift went round.
+    """
+    return [(part, int(part < shift), len(range(part, taps, stride))) for part in range(stride)]
 
 
 def _spread(row: Sequence[Fraction], size: int, first: int, step: int) -> tuple[Fraction, ...]:
@@ -147,9 +157,18 @@ def transform(e: Emit, matrix: Matrix, values: Sequence[Value]) -> list[Value]:
     pairs = _pairs(rows)
     for i, j, same, other in pairs:
         rows[i], rows[j] = same, other
+    factors = []
+    for _, j, *_ in pairs:  # so that a number of the second half is 1, and costs nothing
+        sizes = [abs(number) for number in rows[j] if number]
+        factors.append(Fraction(1) if 1 in sizes else sizes[-1])
+        rows[j] = [number / factors[-1] for number in rows[j]]
     results = [_sum(e, row, given) for row in rows]
-    for i, j, *_ in pairs:
-        results[i], results[j] = e.add(results[i], results[j]), e.subtract(results[i], results[j])
+    for (i, j, *_), factor in zip(pairs, factors, strict=True):
+        both, half = results[i], results[j]
+        if factor == 1:
+            results[i], results[j] = e.add(both, half), e.subtract(both, half)
+        else:
+            results[i], results[j] = (e.fma(half, e.constant(float(by)), both) for by in (factor, -factor))
     return results
 
 

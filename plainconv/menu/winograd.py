@@ -143,7 +143,7 @@ def sides_of(seen: Work) -> tuple[Side, Side, Side]:
 
 
 def _turned(side: Side) -> Side:
-    first = _along(side, 1, True).first
+    first = transforms.turned_first(side.kernel, side.stride, side.padding[0] % side.stride)
     return side._replace(size=side.out, padding=(-first - side.padding[0] // side.stride, 0), out=side.size)
 
 
@@ -154,8 +154,8 @@ def _along(side: Side, outputs: int, turned: bool) -> Along:
     return transforms.ahead(outputs, side.kernel, side.stride)
 
 
-def _outputs(made: int, side: Side, most: int, turned: bool) -> int:
-    """Outputs of a tile along a dimension: what takes the fewest products, and then the fewest digits."""
+def _outputs(made: int, side: Side, sizes: Sequence[int], turned: bool) -> int:
+    """Outputs of a tile along a dimension, of those: what takes the fewest products, and then the fewest digits."""
     if side.kernel <= side.stride:
         return 1
 
@@ -163,34 +163,45 @@ def _outputs(made: int, side: Side, most: int, turned: bool) -> int:
         along = _along(side, outputs, turned)
         return -(-made // along.outputs) * along.products
 
-    return min((2, 4)[: most // 2], key=products)
+    return min(sizes, key=products)
 
 
-@lru_cache(4096)
-def way(request: Request) -> Way:
-    """How to cut a request."""
-    seen = work(request)
-    sides = folded(request.problem, False)
+def forms(request: Request) -> tuple[Form, ...]:
+    """What may be multiplied; all of it loses about as many digits."""
+    seen, sides = work(request), folded(request.problem, False)
+    moving = sum(side.kernel > 1 for side in sides)
     # In three dimensions, large tiles along all of them would lose too many digits; and in two with a stride, they
     # would have a hundred products, and a weight as much larger.
-    most = (2 if min(side.kernel for side in sides) > 1 else 4, 4, 4)
-    if sum(side.kernel > 1 for side in sides) > 1:
-        most = transforms.three(m if side.stride == 1 else 2 for m, side in zip(most, sides, strict=True))
+    few = [(moving > 1 and side.stride > 1) or (moving > 2 and not number) for number, side in enumerate(sides)]
+    choices: list[tuple[int, ...]] = [(2, 4)]
+    if moving > 1 and all(side.kernel in (1, 3) and side.stride == 1 for side in sides):
+        choices.append((5,))  # along all of them: each mixture would be another kernel
+    if request.packed:
+        choices.append((2,))
 
-    def form(most: tuple[int, int, int]) -> Form:
+    def form(sizes: tuple[int, ...]) -> Form:
         along = tuple(
-            _along(side, _outputs(made.out, side, m, seen.turned), seen.turned)
-            for made, side, m in zip(sides_of(seen), sides, most, strict=True)
+            _along(side, _outputs(made.out, side, (2,) if small else sizes, seen.turned), seen.turned)
+            for made, side, small in zip(sides_of(seen), sides, few, strict=True)
         )
         tile, patch = transforms.three(one.outputs for one in along), transforms.three(one.places for one in along)
         return Form(tile, patch, transforms.three(one.products for one in along), along=along)
 
-    plain = cut_by(request, form(most))
+    return tuple(dict.fromkeys(map(form, choices)))
+
+
+@lru_cache(4096)
+def way(request: Request) -> Way:
+    """How to cut a request: by the form of least estimated time."""
+
+    def seconds(cut: Way) -> float:
+        return cost(request, cut, FORTH, BACK, WEIGHT).seconds
+
+    plain = min((cut_by(request, form) for form in forms(request)), key=seconds)
     if not (request.packed and plain.apart):
         return plain
     # A weight that is there already is larger than the one that it was made of, and has to be read.
-    whole = [cut_by(request, form(m), whole=True) for m in dict.fromkeys((most, (2, 2, 2)))]
-    return min((plain, *whole), key=lambda cut: cost(request, cut, FORTH, BACK, WEIGHT).seconds)
+    return min((plain, *(cut_by(request, form, whole=True) for form in forms(request))), key=seconds)
 
 
 @lru_cache(4096)

@@ -13,9 +13,9 @@ of the taps, and for each thread those of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from plainconv.cpu import compile as cpu
 from plainconv.cpu import weights
 from plainconv.cpu import winograd_weight as kernels
 from plainconv.cpu.launch import Job, launch_all
-from plainconv.cpu.transforms import three
+from plainconv.cpu.transforms import Three, three
 from plainconv.menu import engine
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
 from plainconv.menu.engine import STORED, Side, folded, padded
@@ -119,9 +119,24 @@ class Room(NamedTuple):
     share: int
 
 
-def _tile(side: Side) -> int:
-    """Places of a tile along a dimension: what takes the fewest products, and then the fewest digits."""
-    return 1 if side.kernel == 1 else min((2, 4), key=lambda m: -(-side.out // m) * (m + side.kernel - 1))
+def _tile(side: Side, sizes: Sequence[int]) -> int:
+    """Places of a tile along a dimension, of those: what takes the fewest products, and then the fewest digits."""
+    return 1 if side.kernel == 1 else min(sizes, key=partial(_products, side))
+
+
+def _products(side: Side, places: int) -> int:
+    """Along a dimension, with tiles of so many."""
+    return -(-side.out // places) * (places + side.kernel - 1)
+
+
+def _tiles(sides: tuple[Side, Side, Side]) -> Three:
+    """The tile along all dimensions, chosen as along one."""
+    taps = [side.kernel for side in sides if side.kernel > 1]
+    choices = [(2, 4), (5,)] if len(taps) > 1 and set(taps) == {3} else [(2, 4)]
+    # In three dimensions, large tiles along all of them would lose too many digits.
+    deep = (2,) if len(taps) == len(sides) else None
+    found = [three(_tile(side, deep if deep and not i else some) for i, side in enumerate(sides)) for some in choices]
+    return min(found, key=lambda tile: math.prod(map(_products, sides, tile)))
 
 
 def _vectors(request: Request, lanes: int) -> tuple[int, int]:
@@ -142,9 +157,7 @@ def _ways(request: Request) -> Iterator[Way]:
     problem, target = request.problem, cpu.Target.host()
     sides = folded(problem, False)
     size, threads = request.dtype.itemsize, max(request.threads, 1)
-    depth, high, width = (_tile(side) for side in sides)
-    # In three dimensions, large tiles along all of them would lose too many digits.
-    tile = (min(depth, 2) if min(side.kernel for side in sides) > 1 else depth), high, width
+    tile = depth, high, width = _tiles(sides)
     tiles = three(-(-side.out // m) for side, m in zip(sides, tile, strict=True))
     matrices = math.prod(m + side.kernel - 1 for side, m in zip(sides, tile, strict=True))
     lanes = engine.lanes_of_outputs(problem.group_out, size, target)

@@ -7,7 +7,7 @@ import pytest
 from plainconv.cpu import transforms
 from plainconv.cpu.emit import Emit, Value
 
-FORMS = [(1, 1), (2, 3), (4, 3), (6, 3), (3, 4), (4, 5), (2, 2)]
+FORMS = [(1, 1), (2, 3), (4, 3), (5, 3), (3, 4), (3, 5), (4, 2), (2, 2)]
 
 
 def times(matrix, vector):
@@ -28,7 +28,7 @@ def test_the_forms_are_convolutions(outputs, taps):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("taps", [3, 4, 5])
+@pytest.mark.parametrize("taps", [3, 4])
 @pytest.mark.parametrize("outputs", [1, 2, 4])
 def test_a_stride_splits_places_and_taps(outputs, taps, stride):
     form = transforms.ahead(outputs, taps, stride)
@@ -40,7 +40,7 @@ def test_a_stride_splits_places_and_taps(outputs, taps, stride):
 
 
 @pytest.mark.parametrize(("stride", "shift"), [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
-@pytest.mark.parametrize("taps", [3, 4, 5])
+@pytest.mark.parametrize("taps", [3, 4])
 @pytest.mark.parametrize("outputs", [1, 2, 4])
 def test_a_stride_splits_the_results_of_the_gradient(outputs, taps, stride, shift):
     form = transforms.turned(outputs, taps, stride, shift)
@@ -59,9 +59,11 @@ def met(form, at, tap, taps):
     return times(form.back, products)
 
 
-def test_the_points_are_different_and_of_few_digits():
-    assert [str(point) for point in transforms.points(7)] == ["0", "1", "-1", "2", "-2", "1/2", "-1/2"]
-    assert len(set(transforms.points(15))) == 15
+@pytest.mark.parametrize("count", range(len(transforms.POINTS)))
+def test_the_points_are_different_and_mostly_pairs(count):
+    found = transforms.points(count)
+    assert len(set(found)) == len(found) == count
+    assert sum(-point in found for point in found) >= count - 1
 
 
 class Numbers(Emit):
@@ -88,7 +90,7 @@ class Numbers(Emit):
         return self._number(Fraction(a.text) * Fraction(b.text) + Fraction(c.text))
 
     def constant(self, number):
-        exact = Fraction(number).limit_denominator(1000)
+        exact = Fraction(number).limit_denominator(1_000_000)
         return Value(self, str(exact), self.vector)
 
 

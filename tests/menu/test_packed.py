@@ -84,7 +84,7 @@ def test_calls_of_other_sizes_share_what_was_made(name):
 
 def test_a_wrong_weight_is_seen():
     """The checks above can fail: what is packed of another weight is not what is asked for."""
-    asked = request(ConvProblem.parse("n1 c8 o8 x9x9 k3x3 p1"), Direction.FORWARD, torch.float32, packed=True)
+    asked = request(ConvProblem.parse("n1 c8 o8 x12x12 k3x3 p1"), Direction.FORWARD, torch.float32, packed=True)
     tensors = given(asked, integers, 0)
     made = {}
     BY_NAME["winograd"].pack(asked, tensors, made)
