@@ -8,7 +8,8 @@
 
 Each suite runs alone, `plainconv bench --suite NAME` in a process of its own, and leaves one record in results/bench/;
 a run that was interrupted goes on where it stopped.  From the records come a page for each direction
-(results/forward.md, grad_input.md, grad_weight.md, train.md) and a picture for each type.
+(results/forward.md, grad_input.md, grad_weight.md, train.md) and a picture for each type, and one of the errors of the
+algorithms that transform (results/errors.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from plainconv import bench, plots
+from plainconv.bench.check import Verdict
 from plainconv.menu import fitted
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -52,6 +54,7 @@ HEAD = (
     "regret of auto",
     "worst",
 )
+TRANSFORMS = {"winograd", "fft"}  # whose sums are not of the products themselves
 PACKED = "prepacked"  # a column of what has it
 Records = dict[str, dict[str, Any]]  # suite -> its record
 
@@ -106,6 +109,62 @@ def page(direction: str, found: dict[str, Records]) -> str:
         text += [*misses(records), *losses(records)]
         text.append(f"![A bar for every layer in {dtype}]({direction}-{dtype}.png)")
     return "\n\n".join(text) + "\n"
+
+
+def errors(found: dict[str, dict[str, Records]]) -> str:
+    """results/errors.md, of the records of each direction; empty if nothing was transformed."""
+    text = []
+    for direction, types in found.items():
+        for dtype, records in types.items():
+            lines = [
+                (suite, row, checks)
+                for suite, told in records.items()
+                for row in bench.rows_of(told)
+                if (checks := transformed(row))
+            ]
+            if not lines:
+                continue
+            times = [max(check.units for check in checks) / row.torch_check.units for _, row, checks in lines]
+            shares = [check.units / check.allowed for *_, checks in lines for check in checks]
+            text.append(f"## {TITLES[direction]}, {dtype}")
+            text.append(
+                f"{len(lines)} layers: {geometric_mean(times):.1f} times torch's error as a geomean, {max(times):.0f} "
+                f"times at the worst, and at most {max(shares):.0%} of what is allowed."
+            )
+            head = "| suite | layer | problem | algorithm | ours | torch's | allowed |\n" + "|---" * 7 + "|"
+            text.append("\n".join([head, *(error_line(*line) for line in lines)]))
+    if not text:
+        return ""
+    start = (
+        "# The errors of winograd and fft, beside torch's\n\n"
+        "Made by `make bench` from the records in [bench/](bench): every layer that went by an algorithm that "
+        "transforms, plain or prepacked. An error is the largest distance from float64 in up to 2,000 points of the "
+        "result, in units of eps times the largest sum of absolute products (in training the worst of three "
+        "directions), in the worse layout. Allowed is what the algorithm states: "
+        "[winograd](../docs/algorithms/winograd.md), [fft](../docs/algorithms/fft.md)."
+    )
+    return "\n\n".join([start, *text]) + "\n"
+
+
+def transformed(row: bench.Row) -> list[Verdict]:
+    """The checks of the layouts in which a row's convolution, or one of three, was transformed."""
+    both = ((row.algorithms, row.checks), (row.packed_algorithms, row.packed_checks))
+    return [
+        checks[layout]
+        for algorithms, checks in both
+        for layout, names in algorithms.items()
+        if TRANSFORMS & set(names.split("/")) and layout in checks
+    ]
+
+
+def error_line(suite: str, row: bench.Row, checks: Sequence[Verdict]) -> str:
+    """A layer."""
+    worst = max(checks, key=lambda check: check.units / check.allowed)
+    names = dict.fromkeys((*row.algorithms.values(), *row.packed_algorithms.values()))
+    shown = [name for name in names if TRANSFORMS & set(name.split("/"))]
+    numbers = (worst.units, row.torch_check.units, worst.allowed)
+    cells = (suite, row.layer.name, str(row.layer.problem), ", ".join(shown), *(f"{value:.2f}" for value in numbers))
+    return f"| {' | '.join(cells)} |"
 
 
 def conditions(records: Sequence[dict[str, Any]]) -> str:
@@ -256,6 +315,12 @@ def main() -> int:
         else:
             target.write_text(page(direction, found))
             draw(given.results, direction, found)
+    if text := errors({direction: read(given.results, direction) for direction in DIRECTIONS}):
+        target = given.results / "errors.md"
+        if given.check:
+            failed += not target.exists() or target.read_text() != text
+        else:
+            target.write_text(text)
     return int(failed > 0)
 
 

@@ -132,6 +132,24 @@ def test_only_what_is_missing_is_measured(tables, tmp_path, monkeypatch):
     assert len(ran) == 1
 
 
+def test_errors_of_what_is_transformed_stand_beside_torchs(tables, tmp_path):
+    net = bench.load()["seed_mnist"]
+    ours, packed = (Verdict(1e-6, units, 50.0, 100, True) for units in (12.0, 30.0))
+    by_winograd = {"algorithms": {"contiguous": "winograd"}, "checks": {"contiguous": ours}}
+    leave(tmp_path, "seed_mnist", [dataclasses.replace(row(net[0], 4.0), **by_winograd), row(net[1], 2.0)])
+    found = {"forward": tables.read(tmp_path, "forward")}
+    text = tables.errors(found)
+    assert "1 layers: 12.0 times torch's error as a geomean, 12 times at the worst, and at most 24% of what" in text
+    assert f"| seed_mnist | conv1 | {net[0].problem} | winograd | 12.00 | 1.00 | 50.00 |" in text
+    assert "conv2" not in text
+    by_fft = {"packed_algorithms": {"contiguous": "fft"}, "packed_checks": {"contiguous": packed}}
+    leave(tmp_path, "seed_mnist", [dataclasses.replace(row(net[0], 4.0), **by_fft)])
+    text = tables.errors({"forward": tables.read(tmp_path, "forward")})
+    assert f"| seed_mnist | conv1 | {net[0].problem} | fft | 30.00 | 1.00 | 50.00 |" in text
+    leave(tmp_path, "seed_mnist", [row(net[0], 4.0)])
+    assert not tables.errors({"forward": tables.read(tmp_path, "forward")})
+
+
 def test_it_writes_and_checks(tmp_path):
     def tables(*words):
         return subprocess.run([sys.executable, SCRIPT, "--results", tmp_path, *words], check=False).returncode
@@ -142,6 +160,12 @@ def test_it_writes_and_checks(tmp_path):
     assert tables("--check") == 0
     assert (tmp_path / "forward-float32.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "forward.md").write_text("something else")
+    assert tables("--check") == 1
+    by_winograd = dataclasses.replace(row(bench.load()["seed_mnist"][0], 4.0), algorithms={"contiguous": "winograd"})
+    leave(tmp_path, "seed_mnist", [by_winograd])
+    assert tables("--write") == 0
+    assert tables("--check") == 0
+    (tmp_path / "errors.md").unlink()
     assert tables("--check") == 1
 
 
