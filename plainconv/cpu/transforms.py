@@ -27,8 +27,8 @@ Matrix = tuple[tuple[Fraction, ...], ...]
 Three = tuple[int, int, int]
 
 
-# By their number: those that make the numbers behind them least larger than the result (`growth` of
-# plainconv.menu.winograd), of all fractions from 1/4 to 3 with a denominator of up to 4, or 8.
+# By their number: those that make the numbers behind them little larger than the result (`growth` of
+# plainconv.menu.winograd), of pairs of fractions from 1/4 to 3 with small denominators, and the least error measured.
 POINTS = ("", "0", "0 1", "0 1 -1", "3/8 -3/8 5/4 -5/4", "0 2/3 -2/3 3/2 -3/2", "1/4 -1/4 7/8 -7/8 7/4 -7/4")
 
 

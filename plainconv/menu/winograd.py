@@ -173,21 +173,27 @@ def forms(request: Request) -> tuple[Form, ...]:
     # In three dimensions, large tiles along all of them would lose too many digits; and in two with a stride, they
     # would have a hundred products, and a weight as much larger.
     few = [(moving > 1 and side.stride > 1) or (moving > 2 and not number) for number, side in enumerate(sides)]
-    choices: list[tuple[int, ...]] = [(2, 4)]
-    if moving > 1 and all(side.kernel in (1, 3) and side.stride == 1 for side in sides):
-        choices.append((5,))  # along all of them: each mixture would be another kernel
-    if request.packed:
-        choices.append((2,))
+    made = sides_of(seen)
 
     def form(sizes: tuple[int, ...]) -> Form:
         along = tuple(
-            _along(side, _outputs(made.out, side, (2,) if small else sizes, seen.turned), seen.turned)
-            for made, side, small in zip(sides_of(seen), sides, few, strict=True)
+            _along(side, _outputs(row.out, side, (2,) if small else sizes, seen.turned), seen.turned)
+            for row, side, small in zip(made, sides, few, strict=True)
         )
         tile, patch = transforms.three(one.outputs for one in along), transforms.three(one.places for one in along)
         return Form(tile, patch, transforms.three(one.products for one in along), along=along)
 
-    return tuple(dict.fromkeys(map(form, choices)))
+    def products(form: Form) -> int:
+        return form.matrices * math.prod(-(-row.out // size) for row, size in zip(made, form.tile, strict=True))
+
+    found = [form((2, 4))]
+    if moving > 1 and all(side.kernel in (1, 3) and side.stride == 1 for side in sides):
+        large = form((5,))  # along all of them: each mixture would be another kernel
+        if products(large) < products(found[0]):  # of equals, the one that loses fewer digits
+            found.append(large)
+    if request.packed:
+        found.append(form((2,)))
+    return tuple(dict.fromkeys(found))
 
 
 @lru_cache(4096)
