@@ -130,7 +130,7 @@ def test_a_forked_child_goes_on_with_the_model(kind):
         asked = model(x)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=tell, args=(model, x, queue))
+    child = context.Process(target=tell, args=(model, x, queue), daemon=True)
     child.start()
     found = torch.tensor(queue.get(timeout=60))
     child.join(timeout=60)
