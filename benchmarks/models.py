@@ -250,7 +250,7 @@ def main(
     path, page = out / "models.json", out / "models.md"
     records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
     if check:
-        raise typer.Exit(int(page.read_text() != models_page.page(records)))
+        raise typer.Exit(int(not page.exists() or page.read_text() != models_page.page(records)))
     torch.set_num_threads(threads)
     rows = {_row(name, batch): (name, batch) for name, of in NETWORKS.items() for batch in of.batches}
     if unknown := {*(names or [])} - {*NETWORKS, *rows}:
@@ -259,7 +259,7 @@ def main(
         if write or (names and not {name, row} & {*names}):
             continue
         if why := NETWORKS[name].why_not:
-            records.setdefault(row, {"why_not": why})
+            records[row] = {"why_not": why}
             continue
         print(f"{row} ...", file=sys.stderr, flush=True)
         records[row] = measured(NETWORKS[name], batch, seconds)

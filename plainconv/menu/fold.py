@@ -105,6 +105,10 @@ def folding(algorithm: Algorithm) -> Algorithm:
         costs = [(way, _cost(request, way, [algorithm.cost(asked) for asked in way.requests], stays)) for way in able]
         return min(costs, key=lambda each: (max(each[1].workspace, request.max_workspace), each[1].seconds))
 
+    def error(request: Request) -> float:
+        requests = chosen(request)[0].requests if _folds(request) else [request]
+        return max(map(algorithm.error, requests), default=0.0)
+
     def bound(request: Request, tensors: Tensors) -> Bound:
         return _bind(request, chosen(request)[0], tensors, bind) if _folds(request) else bind(request, tensors)
 
@@ -113,8 +117,10 @@ def folding(algorithm: Algorithm) -> Algorithm:
         assert pack is not None
         if not _folds(request):
             return pack(request, tensors, made)
-        wide = tensors.second.to(compute_dtype(request.dtype))
-        way = chosen(request)[0]
+        kept = "wide", compute_dtype(request.dtype)
+        if kept not in made:
+            made[kept] = tensors.second.to(kept[1])
+        wide, way = made[kept], chosen(request)[0]
         return _bind(request, way, tensors, lambda asked, given: pack(asked, given, made), wide)
 
     def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -122,7 +128,7 @@ def folding(algorithm: Algorithm) -> Algorithm:
 
     on_forget(chosen.cache_clear)
     held = packed if pack else None
-    return dataclasses.replace(algorithm, why_not=why_not, cost=cost, run=run, bind=bound, pack=held)
+    return dataclasses.replace(algorithm, why_not=why_not, cost=cost, error=error, run=run, bind=bound, pack=held)
 
 
 def _folds(request: Request) -> bool:

@@ -30,7 +30,7 @@ def why_not(request: Request) -> str | None:
     problem = request.problem
     if request.direction is Direction.GRAD_WEIGHT:
         return "on a GPU it has no kernel for the gradient for a weight"
-    if problem.batch * math.prod(problem.padded) > MOST_PLACES:
+    if problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial)) > MOST_PLACES:
         return f"its kernel counts at most {MOST_PLACES} places of all images together"
     return unlike(request) or launch.why_not()
 
@@ -59,7 +59,9 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype
-        stays = made.setdefault(key, tensors.second.movedim(1, -1).contiguous())
+        if key not in made:
+            made[key] = tensors.second.movedim(1, -1).contiguous()
+        stays = made[key]
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         read, w, bias, residual = tensors

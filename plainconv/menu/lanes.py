@@ -119,7 +119,7 @@ def best_tile(request: Request, target: cpu.Target, sides: Sides, most_outputs: 
     _, high, width = sides
     if high.out == 1:
         low = width.out <= SHORT * lanes_of(request, target, width)
-        counts = [(1, vectors) for vectors in ((8, 4, 2, 1) if low else (8,))]
+        counts = [(1, vectors) for vectors in (8, 4, 2, 1)]
     else:
         low = high.out <= 2 * ROWS
         counts = [(count, 1) for count in (range(min(ROWS, high.out), 0, -1) if low else HIGH)]
@@ -133,6 +133,8 @@ def best_tile(request: Request, target: cpu.Target, sides: Sides, most_outputs: 
         for inner in {1, -(-high.kernel // -(-high.kernel // INNER))}
         if _fits(Tile(outputs, count, vectors, inner), sides, target)
     ]
+    if not low and high.out == 1:  # the most vectors that fit
+        tiles = [tile for tile in tiles if tile.vectors == max(tile.vectors for tile in tiles)]
     if not low:  # idle rows, and what does not fill a tile, do not count
         return min(tiles, key=lambda tile: (_column(request, target, sides, tile) / (tile.rows * tile.vectors), tile))
     return min(tiles, key=lambda tile: (_cycles(request, target, sides, tile), tile))

@@ -299,13 +299,18 @@ def _room(request: Request, cut: Way) -> Room:
     return Room._make((*begins, begin, *ends))
 
 
-def workspace(request: Request, cut: Way) -> tuple[int, int, int]:
-    """Bytes of the transformed weight, of patches, and of the threads' own."""
+def workspace(request: Request, cut: Way) -> tuple[int, int, int, int]:
+    """Bytes of the transformed weight, of patches, of the threads' own; and of a weight whose taps are put in order."""
     seen, room = work(request), _room(request, cut)
     patches = room.patches * (seen.groups if cut.apart else cut.shares)
-    elements = (seen.groups * room.weight_group, patches, max(request.threads, 1) * room.share)
-    weight, patches, own = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
-    return 0 if request.packed else weight, patches, own
+    elements = (
+        seen.groups * room.weight_group,
+        patches,
+        max(request.threads, 1) * room.share,
+        math.prod(request.problem.weight_shape) if request.channels_last else 0,
+    )
+    weight, patches, own, ordered = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
+    return (0, patches, own, 0) if request.packed else (weight, patches, own, ordered)
 
 
 def block_bytes(request: Request, cut: Way) -> int:
@@ -569,12 +574,15 @@ def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
 def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = None) -> Bound:
     """The same, for a request that is cut already."""
     ready, threads = prepare(request, cut, tensors.first.stride()), request.threads
-    weight_bytes, patches_bytes, _ = workspace(request, cut)
-    done, kept = 0, None
-    if made is not None and not cut.apart:
-        done, transform, w = 1, ready.steps[0], tensors.second.contiguous()
+    weight_bytes, patches_bytes, own_bytes, ordered_bytes = workspace(request, cut)
+    done, kept, ordered = 0, None, None
+    if made is not None and cut.apart:
+        ordered = _ordered_once(tensors.second, made)
+    elif made is not None:
+        done, transform = 1, ready.steps[0]
 
         def fill(room: Tensor) -> None:
+            w = tensors.second.contiguous()
             given = (0, w.data_ptr(), room.data_ptr(), 0, 0, 0, 0, 0, transform.settled.data_ptr())
             launch_all([(transform.kernel, given, transform.shares, False)], threads)
 
@@ -583,7 +591,13 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = N
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
-        w, bias = w.contiguous(), None if bias is None else bias.contiguous()
+        if ordered is not None:
+            w = ordered
+        elif ordered_bytes and not w.is_contiguous():
+            w = _as(workspace[weight_bytes + patches_bytes + own_bytes :], w).copy_(w)
+        elif kept is None:
+            w = w.contiguous()
+        bias = None if bias is None else bias.contiguous()
         patches = workspace.data_ptr() + weight_bytes
         scratch = patches + patches_bytes
         given = (
@@ -603,6 +617,22 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = N
         launch_all(jobs, threads)
 
     return call
+
+
+def _ordered_once(w: Tensor, made: Made) -> Tensor:
+    """A weight that stays, with its taps side by side."""
+    if w.is_contiguous():
+        return w
+
+    def fill(room: Tensor) -> None:
+        _as(room, w).copy_(w)
+
+    return _as(made_once(made, "taps in order", w.numel() * w.element_size(), fill), w)
+
+
+def _as(room: Tensor, w: Tensor) -> Tensor:
+    """Bytes as a tensor like `w`, contiguous."""
+    return room[: w.numel() * w.element_size()].view(w.dtype).view(w.shape)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

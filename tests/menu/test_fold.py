@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from checks import BY_NAME, check, integers, reals, refuses, request
+from checks import BY_NAME, check, given, integers, reals, refuses, request
 
-from plainconv.menu import fold
+from plainconv.menu import fold, winograd
 from plainconv.problem import ConvProblem, Direction
 from plainconv.remember import forget
 
@@ -96,6 +96,22 @@ def test_no_padded_copy_of_a_large_gradient(dtype, last):
     asked = request(problem, Direction.GRAD_INPUT, dtype, channels_last=last)
     size = math.prod(problem.input_shape) * 4
     assert BY_NAME["direct"].cost(asked).workspace < size / 4
+
+
+def test_the_error_is_that_of_what_is_made():
+    """winograd's forms are those of the slabs, or of the padded picture."""
+    asked = request(ConvProblem.parse("n1 c64 o64 x32x32 k3x3 p1 mreflect"), Direction.GRAD_INPUT, torch.float32)
+    exact = {max(winograd._error(each) for each in way.requests) for way in fold._ways(asked)}
+    assert BY_NAME["winograd"].error(asked) in exact
+
+
+def test_a_weight_that_stays_is_widened_once():
+    made = {}
+    for size in (40, 41, 42):
+        problem = ConvProblem.parse(f"n1 c8 o8 x{size}x{size} k3x3 p1 mreflect")
+        asked = request(problem, Direction.GRAD_INPUT, torch.bfloat16, packed=True)
+        BY_NAME["direct"].pack(asked, given(asked, integers, 0), made)
+    assert sum(tensor.dtype is torch.float32 for tensor in made.values()) == 1
 
 
 @pytest.mark.parametrize(

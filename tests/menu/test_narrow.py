@@ -278,6 +278,17 @@ def test_a_new_size_compiles_nothing(module, text, direction, count):
     assert len(texts([(1, h, w) for h in (50, 77, 300) for w in range(40, 2000, 37)])) <= 8 * count
 
 
+@pytest.mark.parametrize("bits", [256, 128])
+@pytest.mark.parametrize(
+    "text",
+    ["n1 c4 o4 x5x3x900 k3x3x3 s1x1x2 g4", "n1 c4 o4 x5000 k3 s2 g4", "n1 c3 o6 x5000 k3 s2", "n1 c2 o2 x3000 k9"],
+)
+def test_long_rows_where_registers_are_few(bits, text, as_if):
+    as_if(bits)
+    module = depthwise if " g4" in text else narrow
+    check(module.ALGORITHM, asked_for(module, text), integers)
+
+
 NO_SPILLS = [
     (narrow, "n1 c3 o3 x1080x1920 k3x3"),
     (narrow, "n1 c6 o6 x100x100 k3x3 p1"),

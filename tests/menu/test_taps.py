@@ -300,7 +300,7 @@ def test_no_sum_is_spilled(target, text, as_if):
 def test_in_channels_last_a_pixel_is_loaded_once_for_places_that_are_taken_together(
     target, bias, text, as_if, monkeypatch
 ):
-    """And no sum is spilled meanwhile."""
+    """And hardly anything is spilled meanwhile."""
     as_if(target)
     monkeypatch.setattr(pixels.cpu, "compile", lambda text, target: None)
     shapes, real = [], pixels.pixels.text

@@ -1,6 +1,7 @@
 """winograd: every way through its kernels, for every vector width, type and layout of memory."""
 
 import dataclasses
+import math
 from functools import partial
 
 import assembly
@@ -404,3 +405,12 @@ def test_the_slab_of_the_kernel_is_that_of_the_menu():
             form, forward = cut.form, (False, "all", 0, False, False, None)
             shape = kernels.Shape("float", lanes, form.tile, (1, 3, 3), form.along, "rows", False, 1, vectors, *forward)
             assert shape.slab == winograd._slab(lanes, vectors)
+
+
+def test_a_weight_in_channels_last_is_put_in_order_in_the_workspace():
+    asked = request(ConvProblem.parse("n1 c64 o64 x40x40 k3x3 p1"), Direction.FORWARD, torch.float32)
+    last = dataclasses.replace(asked, channels_last=True)
+    size = math.prod(asked.problem.weight_shape) * 4
+    costs = [winograd.ALGORITHM.cost(each).workspace for each in (asked, last)]
+    assert costs[1] - costs[0] >= size
+    check(winograd.ALGORITHM, last, reals, channels_last)
