@@ -117,10 +117,12 @@ def folding(algorithm: Algorithm) -> Algorithm:
         assert pack is not None
         if not _folds(request):
             return pack(request, tensors, made)
-        kept = "wide", compute_dtype(request.dtype)
-        if kept not in made:
-            made[kept] = tensors.second.to(kept[1])
-        wide, way = made[kept], chosen(request)[0]
+        wide, way = tensors.second, chosen(request)[0]
+        if _widens(request):
+            kept = "wide", compute_dtype(request.dtype)
+            if kept not in made:
+                made[kept] = wide.to(kept[1])
+            wide = made[kept]
         return _bind(request, way, tensors, lambda asked, given: pack(asked, given, made), wide)
 
     def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
