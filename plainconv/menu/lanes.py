@@ -134,7 +134,8 @@ def best_tile(request: Request, target: cpu.Target, sides: Sides, most_outputs: 
         if _fits(Tile(outputs, count, vectors, inner), sides, target)
     ]
     if not low and high.out == 1:  # the most vectors that fit
-        tiles = [tile for tile in tiles if tile.vectors == max(tile.vectors for tile in tiles)]
+        longest = max(tile.vectors for tile in tiles)
+        tiles = [tile for tile in tiles if tile.vectors == longest]
     if not low:  # idle rows, and what does not fill a tile, do not count
         return min(tiles, key=lambda tile: (_column(request, target, sides, tile) / (tile.rows * tile.vectors), tile))
     return min(tiles, key=lambda tile: (_cycles(request, target, sides, tile), tile))

@@ -40,12 +40,15 @@ from plainconv.menu.base import (
     ALIGNMENT,
     Algorithm,
     Bound,
+    Buffer,
     Cost,
     Made,
     Tensors,
+    carve,
     made_once,
     moved_bytes,
     summation_error,
+    workspace_bytes,
 )
 from plainconv.menu.engine import STORED, Side, folded, padded
 from plainconv.menu.fold import folding
@@ -594,7 +597,7 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = N
         if ordered is not None:
             w = ordered
         elif ordered_bytes and not w.is_contiguous():
-            w = _as(workspace[weight_bytes + patches_bytes + own_bytes :], w).copy_(w)
+            w = carve(workspace[weight_bytes + patches_bytes + own_bytes :], [Buffer(w.shape, w.dtype)])[0].copy_(w)
         elif kept is None:
             w = w.contiguous()
         bias = None if bias is None else bias.contiguous()
@@ -624,15 +627,12 @@ def _ordered_once(w: Tensor, made: Made) -> Tensor:
     if w.is_contiguous():
         return w
 
+    buffers = [Buffer(w.shape, w.dtype)]
+
     def fill(room: Tensor) -> None:
-        _as(room, w).copy_(w)
+        carve(room, buffers)[0].copy_(w)
 
-    return _as(made_once(made, "taps in order", w.numel() * w.element_size(), fill), w)
-
-
-def _as(room: Tensor, w: Tensor) -> Tensor:
-    """Bytes as a tensor like `w`, contiguous."""
-    return room[: w.numel() * w.element_size()].view(w.dtype).view(w.shape)
+    return carve(made_once(made, "taps in order", workspace_bytes(buffers), fill), buffers)[0]
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
