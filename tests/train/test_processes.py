@@ -28,7 +28,7 @@ def two(tmp_path_factory):
     started = []
     for rank in range(2):
         variables = {name: str(value) for name, value in (how | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, together.__file__, str(file)]
+        command = [sys.executable, "-X", "faulthandler", together.__file__, str(file)]
         started.append(subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE, text=True))
     try:
         errors = [process.communicate(timeout=150)[1] for process in started]
