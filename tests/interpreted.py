@@ -66,10 +66,10 @@ def check(
     assert algorithm.why_not(request) is None, algorithm.why_not(request)
     if blind:
         algorithm = checks.dropping_a_tap(algorithm)
-    table, places = launch.IMPLICIT, launch.PLACES
+    table, places, busy = launch.IMPLICIT, launch.PLACES, launch.BUSY
     if small:
-        table, places = table[:1], dict.fromkeys(places, 16)
-    with mock.patch.multiple(launch, IMPLICIT=table, PLACES=places):
+        table, places, busy = table[:1], dict.fromkeys(places, 16), 24
+    with mock.patch.multiple(launch, IMPLICIT=table, PLACES=places, BUSY=busy):
         checks.check(algorithm, request, values, layout)
 
 

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.problem import Direction, Request
+from plainconv.problem import ConvProblem, Direction, Request
 
 OLDEST = (3, 6)
 VECTOR = 16  # bytes that a thread moves at once, at most
 SHALLOWEST = 16  # channels of a step, at least: what matrix units take
+REGISTERS = 255  # of a thread, at most; left to choose, the assembler may spill, so that more threads run at once
 SHARE = 8  # tiles of places that run beside each other, so that they find the weight in the cache
 
 
@@ -32,12 +33,18 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """In Triton's words."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": REGISTERS}
+
 
 # The first that holds a group's channels, or the last.
 IMPLICIT = (Blocks(16, 4, 3), Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(128, 8, 3))
 # By the bytes of a number.  Products without matrix units have both factors of a step in registers.
 PLACES = {2: 128, 4: 64, 8: 32}  # of a tile
-DEPTH = {2: 64, 4: 16, 8: 16}  # channels of a step, at most
+DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) of a step, at most
+BUSY = 512  # programs that keep a GPU busy
 
 
 def blocks_of(outputs: int) -> Blocks:
@@ -46,7 +53,7 @@ def blocks_of(outputs: int) -> Blocks:
 
 
 def tile_of(request: Request) -> tuple[int, int]:
-    """Places of a tile and the depth of a step; where numbers lie apart, each needs registers for its address."""
+    """Places (or channels) along a tile, depth of a step; numbers that lie apart take registers for their addresses."""
     places, depth = PLACES[request.dtype.itemsize], DEPTH[request.dtype.itemsize]
     return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
 
@@ -96,22 +103,18 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
     inner, outer = problem.group_in, problem.group_out
-    end = tuple(size + min(hi, 0) for size, (_, hi) in zip(problem.spatial, problem.padding, strict=True))
-    size = places = problem.out
+    end, size, places = _ends(problem), problem.out, problem.out
     period, phases = (1,) * problem.dims, 1
     if adjoint:
         inner, outer, end, size = outer, inner, problem.out, problem.spatial
         period = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
         phases = math.prod(map(min, size, problem.stride))
         places = tuple(map(tiles, size, problem.stride))  # of the first phase, which has the most
-    blocks, (rows, most), depth, widest = blocks_of(outer), tile_of(request), SHALLOWEST, VECTOR // read.dtype.itemsize
-    while depth < min(most, inner):
-        depth *= 2
+    blocks, (rows, most), widest = blocks_of(outer), tile_of(request), VECTOR // read.dtype.itemsize
+    depth = enough(inner, most)
     programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
 
-    made_last = request.channels_last
-    # A single channel or place is everyone's neighbour: the format decides, as images of all sizes share kernels.
-    read_last = read.stride(1) == 1 and (made_last or read.stride(-1) != 1)
+    read_last, made_last = _channels_last(read, request), request.channels_last
     reads = _strides(read.shape, read.stride())
     makes = _strides(problem.shape_of(request.direction.makes), made)
     inner_unit = math.gcd(widest, inner, *(reads if read_last else ()))
@@ -148,10 +151,86 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             "OUTPUTS": blocks.outputs,
             "DEPTH": depth,
             "SHARE": SHARE,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
+            **blocks.options,
         },
     )
+
+
+class Split(NamedTuple):
+    """How the gradient for a weight is cut: its tiles, and the long sum into parts of so many steps."""
+
+    outputs: int
+    inputs: int
+    depth: int
+    tiles: int
+    parts: int
+    part: int
+
+
+def split_of(request: Request) -> Split:
+    """By the sizes alone: as many parts as keep a GPU busy, none of them empty."""
+    problem, (most, depth) = request.problem, tile_of(request)
+    outputs, inputs = blocks_of(problem.group_out).outputs, enough(problem.group_in, most)
+    count = problem.groups * problem.taps * tiles(problem.group_out, outputs) * tiles(problem.group_in, inputs)
+    steps = max(tiles(problem.batch * math.prod(problem.out), depth), 1)
+    part = tiles(steps, min(max(BUSY // max(count, 1), 1), steps))
+    return Split(outputs, inputs, depth, count, tiles(steps, part), part)
+
+
+def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
+    """GRAD_WEIGHT in the parts of `split_of`.
+
+    x, y: lying as in the calls.  Call it with both, and the sums of the parts to fill, [parts, o, taps, c/g]
+    (contiguous).
+    """
+    from plainconv.gpu.kernels.weights import weights as kernel
+
+    problem, split, widest = request.problem, split_of(request), VECTOR // x.dtype.itemsize
+    blocks = blocks_of(problem.group_out)
+    x_last, y_last = _channels_last(x, request), _channels_last(y, request)
+    of_x, of_y = _strides(x.shape, x.stride()), _strides(y.shape, y.stride())
+    x_unit = math.gcd(widest, problem.group_in, *of_x) if x_last else 1
+    y_unit = math.gcd(widest, problem.group_out, *of_y) if y_last else 1
+    return Launch(
+        kernel,
+        split.tiles * split.parts,
+        (
+            problem.batch,
+            problem.group_in // x_unit,
+            problem.group_out // y_unit,
+            problem.groups,
+            split.part,
+            three((lo for lo, _ in problem.padding), 0),
+            three(_ends(problem), 1),
+            three(problem.out, 1),
+            x.stride(1),
+            tuple(stride // x_unit for stride in of_x),
+            y.stride(1),
+            tuple(stride // y_unit for stride in of_y),
+        ),
+        {
+            "KERNEL": three(problem.kernel, 1),
+            "STRIDE": three(problem.stride, 1),
+            "DILATION": three(problem.dilation, 1),
+            "MODE": problem.padding_mode,
+            "X_LAST": x_last,
+            "Y_LAST": y_last,
+            "X_UNIT": x_unit,
+            "Y_UNIT": y_unit,
+            "OUTPUTS": split.outputs,
+            "INPUTS": split.inputs,
+            "DEPTH": split.depth,
+            **blocks.options,
+        },
+    )
+
+
+def enough(size: int, most: int) -> int:
+    """The power of two that holds so many, or the most; what matrix units take at least."""
+    power = SHALLOWEST
+    while power < min(size, most):
+        power *= 2
+    return power
 
 
 def tiles(size: int, tile: int) -> int:
@@ -163,6 +242,19 @@ def three(sides: Iterable[int], plain: int) -> tuple[int, ...]:
     """Depth, rows and width, of as many dimensions as there are."""
     given = tuple(sides)
     return (plain,) * (3 - len(given)) + given
+
+
+def _ends(problem: ConvProblem) -> tuple[int, ...]:
+    """Behind the last elements of the input that negative padding leaves."""
+    return tuple(size + min(hi, 0) for size, (_, hi) in zip(problem.spatial, problem.padding, strict=True))
+
+
+def _channels_last(tensor: Tensor, request: Request) -> bool:
+    """Whether channels are neighbours; where a single channel or place is everyone's, the format of the result decides.
+
+    Images of all sizes are to share kernels.
+    """
+    return tensor.stride(1) == 1 and (request.channels_last or tensor.stride(-1) != 1)
 
 
 def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,12 +26,10 @@ SPEED = {2: 8.0, 4: 1.0, 8: 0.5}  # of a product, by bytes of a number, beside f
 
 
 def why_not(request: Request) -> str | None:
-    """The sentence for what the kernel does not do."""
+    """The sentence for what the kernels do not do."""
     problem = request.problem
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "on a GPU it has no kernel for the gradient for a weight"
     if problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial)) > MOST_PLACES:
-        return f"its kernel counts at most {MOST_PLACES} places of all images together"
+        return f"its kernels count at most {MOST_PLACES} places of all images together"
     return unlike(request) or launch.why_not()
 
 
@@ -46,8 +44,13 @@ def cost(request: Request) -> Cost:
     multiplies *= problem.groups * problem.taps * padded(inner, launch.SHALLOWEST)
     speeds, room = machine(request), 0 if request.packed else workspace_bytes([_room(request)])
     moved = moved_bytes(request) + 2 * room
-    seconds = max(multiplies / (speeds.multiplies * SPEED[request.dtype.itemsize]), moved / speeds.bytes)
+    seconds = max(multiplies / speed(request), moved / speeds.bytes)
     return Cost(multiplies, moved, room, (1 if request.packed else 2) * speeds.call + seconds)
+
+
+def speed(request: Request) -> float:
+    """Multiplications in a second."""
+    return machine(request).multiplies * SPEED[request.dtype.itemsize]
 
 
 def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
-from plainconv.menu import dense, engine, implicit, weights
+from plainconv.menu import dense, engine, implicit, split, weights
 from plainconv.menu.base import Bound, Cost, Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -31,7 +31,7 @@ def why_not(request: Request) -> str | None:
 def cost(request: Request) -> Cost:
     """That of the direction's kernel."""
     if request.device == "cuda":
-        return implicit.cost(request)
+        return split.cost(request) if request.direction is Direction.GRAD_WEIGHT else implicit.cost(request)
     request = _product(request) or request
     return weights.cost(request) if request.direction is Direction.GRAD_WEIGHT else dense.cost(request)
 
@@ -39,7 +39,8 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
     if request.device == "cuda":
-        return implicit.bind(request, tensors)
+        weight = request.direction is Direction.GRAD_WEIGHT
+        return split.bind(request, tensors) if weight else implicit.bind(request, tensors)
     if product := _product(request):
         return _bind_product(request, product, tensors, bind)
     if request.direction is Direction.GRAD_WEIGHT:

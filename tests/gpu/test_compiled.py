@@ -6,6 +6,7 @@ from ahead import MATRIX_UNITS, SHARED, compiled
 from interpreted import asked
 
 from plainconv.gpu import launch
+from plainconv.menu.base import compute_dtype
 from plainconv.problem import Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
@@ -17,6 +18,7 @@ TYPES = {
     "float32 as TF32": (torch.float32, "tf32"),
     "float64": (torch.float64, "ieee"),
 }
+KINDS = ((Direction.FORWARD, True), (Direction.GRAD_INPUT, False))
 # One of each kind is quick; the rest is for `make check`.
 QUICK = {("bfloat16", 90), ("float32 as TF32", 80)}
 
@@ -34,6 +36,17 @@ def implicit(outputs, dtype, direction, last):
     return launch.implicit(request, read, made.stride()), (read, read, read, None, made)
 
 
+def weights(outputs, dtype, last):
+    """The same of the gradient for a weight."""
+    request = asked(f"n8 c64 o{outputs} x28x28 k3x3 s2 p1", Direction.GRAD_WEIGHT, dtype, channels_last=last)
+    lies = torch.channels_last if last else torch.contiguous_format
+    x, y = (
+        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies)
+        for role in ("x", "y")
+    )
+    return launch.weights(request, x, y), (x, y, torch.empty(0, dtype=compute_dtype(dtype), device="meta"))
+
+
 @pytest.mark.parametrize("row", launch.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
 @pytest.mark.parametrize(
     ("name", "capability"),
@@ -45,8 +58,10 @@ def implicit(outputs, dtype, direction, last):
 )
 def test_every_row_fits_and_uses_the_matrix_units(row, name, capability):
     dtype, precision = TYPES[name]
-    for direction, last in ((Direction.FORWARD, True), (Direction.GRAD_INPUT, False)):
-        told = compiled(*implicit(row.outputs, dtype, direction, last), capability, precision)
+    products = [implicit(row.outputs, dtype, direction, last) for direction, last in KINDS]
+    products += [weights(row.outputs, dtype, last) for last in (True, False)]
+    for product in products:
+        told = compiled(*product, capability, precision)
         assert told.shared <= SHARED[capability]
         assert told.spilled == 0
         assert any(unit in told.ptx for unit in MATRIX_UNITS.values()) == (name != "float32")

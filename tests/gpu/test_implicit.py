@@ -1,4 +1,4 @@
-"""direct and pointwise on a GPU, in the interpreter: every border, stride and format, each type, and what is fused."""
+"""direct and pointwise on a GPU, in the interpreter: every border, stride, format and type, and what is fused."""
 
 import math
 
@@ -10,29 +10,36 @@ from interpreted import asked, check, check_guarded, check_packed, far, result
 from plainconv.menu.base import FLOATS
 from plainconv.problem import ConvProblem, Direction
 
-MAPS = (Direction.FORWARD, Direction.GRAD_INPUT)
-directions = pytest.mark.parametrize("direction", MAPS, ids=lambda direction: direction.value)
+directions = pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+maps = pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=["forward", "grad_input"])
 formats = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-CHANNELS = "n2 c40 o35 x5x4 k3x2 s1x2 p1 g1"
+LAYOUTS = {False: None, True: channels_last}
+CHANNELS = "n2 c40 o35 x5x4 k3x2 s1x2 p1"
 
 
 def name(text: str) -> str:
     return "pointwise" if ConvProblem.parse(text).taps == 1 else "direct"
 
 
-@directions
-@pytest.mark.parametrize("case", CASES)
-def test_every_border_stride_and_rank(case, direction, interpreted):
-    """Formats in turn: a fault that needs both is not expected."""
-    last = (list(CASES).index(case) + MAPS.index(direction)) % 2 == 1
-    interpreted(check, name(CASES[case]), asked(CASES[case], direction, channels_last=last))
+# Each case in one direction, in turn; in the others it is slow.
+EVERY = [
+    pytest.param(text, direction, marks=() if (i + j) % 3 == 0 else pytest.mark.slow, id=f"{case}-{direction.value}")
+    for i, (case, text) in enumerate(CASES.items())
+    for j, direction in enumerate(Direction)
+]
+
+
+@pytest.mark.parametrize(("text", "direction"), EVERY)
+@formats
+def test_every_border_stride_and_rank(text, direction, last, interpreted):
+    interpreted(check, name(text), asked(text, direction, channels_last=last), layout=LAYOUTS[last])
 
 
 @directions
 @formats
 @pytest.mark.parametrize("text", [CHANNELS, "n3 c36 o40 x5x7 k1x1 s2x1", "n2 c24 o40 x4x9 k3x2 s2x3 p1x2 d2x1 g2"])
 def test_many_tiles_and_steps(text, direction, last, interpreted):
-    interpreted(check, name(text), asked(text, direction, channels_last=last), small=True)
+    interpreted(check, name(text), asked(text, direction, channels_last=last), layout=LAYOUTS[last], small=True)
 
 
 @directions
@@ -40,11 +47,11 @@ def test_many_tiles_and_steps(text, direction, last, interpreted):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_types(dtype, direction, last, interpreted):
     request = asked("n2 c6 o16 x5x6 k3x3 s1x2 p1 g2", direction, dtype, channels_last=last)
-    interpreted(check, "direct", request)
-    interpreted(check, "direct", request, reals)
+    interpreted(check, "direct", request, layout=LAYOUTS[last])
+    interpreted(check, "direct", request, reals, LAYOUTS[last])
 
 
-@directions
+@maps
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_fused(activation, direction, interpreted):
     last = list(ACTIVATIONS).index(activation) % 2 == 0
@@ -68,7 +75,15 @@ def test_nothing_outside_is_touched(direction, last, interpreted):
         interpreted(check_guarded, name(text), asked(text, direction, has_bias=True, channels_last=last))
 
 
-@directions
+@formats
+def test_the_gradient_of_a_bias_is_made_beside_that_of_the_weight(last, interpreted):
+    for dtype in (torch.float32, torch.bfloat16):
+        request = asked("n3 c4 o6 x4x5 k2x3 p1 g2", Direction.GRAD_WEIGHT, dtype, has_bias=True, channels_last=last)
+        interpreted(check, "direct", request)
+        interpreted(check, "direct", request, reals)
+
+
+@maps
 def test_a_weight_that_stays_is_turned_once(direction, interpreted):
     for text in ("n2 c4 o6 x5x4 k3x3 p1", "n2 c4 o6 x5x4 k3x3 p1 mreflect"):
         interpreted(check_packed, "direct", asked(text, direction, torch.bfloat16))

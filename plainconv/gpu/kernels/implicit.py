@@ -23,6 +23,7 @@ import triton.language as tl
 
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
+from plainconv.gpu.kernels.places import offset_of, place_of
 
 
 @triton.jit
@@ -32,13 +33,6 @@ def _phase(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: t
     for t in range(min(PERIOD, KERNEL)):
         first = tl.where((r + low - t * DILATION) % STRIDE == 0, t, first)
     return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)
-
-
-@triton.jit
-def _offset(i, d, h, w, strides, UNIT: tl.constexpr):
-    """Of a place in memory, in 64 bits."""
-    i, d, h, w = i.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
-    return (i * strides[0] + d * strides[1] + h * strides[2] + w * strides[3]) * UNIT
 
 
 NUMBERS = ("images", "inner", "outer", "groups", "low", "end", "size")
@@ -123,10 +117,7 @@ def implicit(
     # -- its places and channels -------------------------------------------------------------------------------------
     m = row * PLACES + tl.arange(0, PLACES)
     n = column * OUTPUTS + tl.arange(0, OUTPUTS)
-    w = m % size_w
-    h = m // size_w % size_h
-    d = m // (size_w * size_h) % size_d
-    i = m // (size_w * size_h * size_d)
+    i, d, h, w = place_of(m, size_d, size_h, size_w)
     is_place, is_made = i < images, n < outer
 
     # -- the product -------------------------------------------------------------------------------------------------
@@ -147,7 +138,7 @@ def implicit(
             at_h = shown(h * STRIDE[1] + from_h + t_h * DILATION[1], low[1], end[1], MODE)
             at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low[2], end[2], MODE)
         inside = (at_d >= 0) & (at_d < end[0]) & (at_h >= 0) & (at_h < end[1]) & (at_w >= 0) & (at_w < end[2])
-        at = _offset(i, at_d, at_h, at_w, read_place, READ_UNIT)
+        at = offset_of(i, at_d, at_h, at_w, read_place, READ_UNIT)
         channel = k.to(tl.int64) * read_channel
         is_read = k < inner
         factor = tl.load(
@@ -175,7 +166,7 @@ def implicit(
         total += tl.expand_dims(tl.load(bias + n, mask=is_made, other=0.0).to(SUM), M)
     if ADJOINT:
         d, h, w = d * STRIDE[0] + r_d, h * STRIDE[1] + r_h, w * STRIDE[2] + r_w
-    at = tl.expand_dims(_offset(i, d, h, w, made_place, MADE_UNIT), 1 - M)
+    at = tl.expand_dims(offset_of(i, d, h, w, made_place, MADE_UNIT), 1 - M)
     at += tl.expand_dims(n * made_channel, M)
     mask = tl.expand_dims(is_place, 1 - M) & tl.expand_dims(is_made, M)
     if residual is not None:
