@@ -174,7 +174,7 @@ def text(shape: Shape) -> str:
 class _Dense:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.e = e = Emit(shape.lanes, shape.element, shape.native)
+        self.e = e = Emit(shape.lanes, shape.element, shape.native | {"flush"} if shape.pairs else shape.native)
         # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
         as_it_lies = shape.over == "places" or shape.source in ("none", "list")
         packed = shape.pairs or (shape.over == "places" and shape.apart)

@@ -46,7 +46,10 @@ class _Processor(Protocol):
 
 
 def natives(target: _Processor) -> frozenset[str]:
-    """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products)."""
+    """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products).
+
+    A kernel that has "pairs" may add "flush": its sums know no denormals, so they are rounded by one instruction.
+    """
     half = target.machine == "aarch64" or target.has("f16c")
     return frozenset({"half"} if half else ()) | frozenset({"pairs"} if target.has("avx512bf16") else ())
 
@@ -659,8 +662,10 @@ class Emit:
             short = self._cast("fptrunc", value, self._like(value, "half"))
         elif stored == "half":
             short = self._cast("trunc", self._half_bits(value), self._like(value, "i16"))
+        elif "flush" in self.native and value.type == self.vector and self.lanes in (8, 16):
+            rounding = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.lanes}"
+            short = self._call(rounding, f"<{self.lanes} x bfloat>", value)
         else:
-            # Not vcvtneps2bf16: it flushes denormals.
             bits = self._cast("bitcast", value, self._like(value, "i32"))
             odd = self._bits("and", self._bits("lshr", bits, 16), 1)
             rounded = self._bits("lshr", self._two("add", self._bits("add", bits, 0x7FFF), odd), 16)

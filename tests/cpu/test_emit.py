@@ -219,6 +219,28 @@ def test_dot_products_of_pairs(lanes):
     assert torch.equal(sums[1], torch.arange(float(lanes)) + torch.cat([once, torch.zeros(1)]))
 
 
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+def test_sums_without_denormals_are_rounded_by_one_instruction(lanes):
+    native = natives(Target.host())
+    if "pairs" not in native:
+        pytest.skip("this processor has none")
+    e = Emit(lanes, native=native | {"flush"})
+    x, y = e.arguments("ptr", "ptr")
+
+    def step(i, _):
+        e.store(e.load(x, (e.begin + i) * lanes), y, (e.begin + i) * lanes, stored="bfloat")
+        return []
+
+    e.loop(e.end - e.begin, [], step)
+    source = floats()
+    source = source[: len(source) // 16 * 16]
+    source[source.abs() < torch.finfo(torch.float32).tiny] = 0.0
+    result = torch.full((len(source),), torch.nan, dtype=torch.bfloat16)
+    run(e, (source, result), tasks=len(source) // lanes)
+    assert_same(result, source.bfloat16())
+    assert ("vcvtneps2bf16" in cpu.assembly(e.module())) == (lanes > 4)
+
+
 def test_what_cannot_be_converted_is_refused():
     with pytest.raises(ValueError, match="stored='half' cannot be converted to accumulators of type 'double'"):
         Emit(4, "double").load(Emit(4).arguments("ptr")[0], stored="half")
