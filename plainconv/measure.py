@@ -171,6 +171,7 @@ def _told(request: Request) -> dict[str, Any]:
         "plainconv": __version__,
         "torch": torch.__version__,
         **({"packed": True} if request.packed else {}),
+        **({"tf32": True} if request.tf32 else {}),
     }
 
 

@@ -296,6 +296,33 @@ def ready(
     made: the second is a weight whose values stay, and this is what was made of it before.
     activation, residual: see `remembered`.
     """
+    if not _has_switch(first):
+        return _ready(first, second, bias, make, made, activation, residual)
+    ways: dict[bool, _Run] = {}  # the switch may be thrown between two calls
+
+    def way(first: Tensor, second: Tensor, bias: Tensor | None, residual: Tensor | None) -> _Run:
+        tf32 = _rounds(first)
+        if tf32 not in ways:
+            ways[tf32] = _ready(first, second, bias, make, made, activation, residual).run
+        return ways[tf32]
+
+    def run(first: Tensor, second: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return way(first, second, bias, residual)(first, second, bias, residual)
+
+    way(first, second, bias, residual)
+    return Call(make, run)
+
+
+def _ready(
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    make: Make,
+    made: Made | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Call:
+    """The same, as torch's switch for TF32 stands now."""
     asked = request(make, first, second, bias, make.direction)
     if made is not None or activation is not None or residual is not None:
         asked = replace(asked, packed=made is not None, activation=activation, has_residual=residual is not None)
@@ -383,7 +410,18 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
         threads,
         make.settings.max_workspace,
         allow_builtin=make.settings.allow_builtin,
+        tf32=_rounds(first),
     )
+
+
+def _has_switch(tensor: Tensor) -> bool:
+    """Whether torch has a switch for how products of such tensors are rounded."""
+    return tensor.is_cuda and tensor.dtype is torch.float32
+
+
+def _rounds(tensor: Tensor) -> bool:
+    """Whether it says that they may be rounded to TF32."""
+    return _has_switch(tensor) and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _problem(make: Make, first: Sequence[int], second: Sequence[int]) -> ConvProblem:

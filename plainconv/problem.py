@@ -290,6 +290,7 @@ class Request:
     of y, too.  channels_last speaks of the result, and is never set where torch has
     no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.  packed: the weight
     stays from call to call, so that what is made of it alone is made once, and is no part of a call.
+    tf32: float32 may be rounded to TF32 before it is multiplied, as torch's switch for convolutions on CUDA says.
     """
 
     problem: ConvProblem
@@ -304,6 +305,7 @@ class Request:
     has_residual: bool = False
     allow_builtin: bool = False
     packed: bool = False
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
@@ -322,6 +324,7 @@ class Request:
 
     def __str__(self) -> str:
         told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
+        told += " as TF32" if self.tf32 else ""
         told += " channels_last" if self.channels_last else ""
         told += " prepacked" if self.packed else ""
         told += " + bias" if self.has_bias else ""

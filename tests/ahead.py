@@ -1,20 +1,24 @@
-"""The GPU's kernels without a GPU: compiled to machine code ahead of time, to read what they need and what they use."""
+"""The GPU's kernels without a GPU: compiled to machine code ahead of time, to read what they need and what they use.
+
+Triton asks a driver which GPU there is.  Another one answers here, and all else is as in a launch.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
+from unittest import mock
 
-import torch
 from torch import Tensor
 
 from plainconv.gpu.launch import Launch
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block of threads may have
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async"}  # the older serve the newer, too, in small tiles
-_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Compiled(NamedTuple):
@@ -26,24 +30,12 @@ class Compiled(NamedTuple):
     ptx: str
 
 
-def compiled(launch: Launch, tensors: tuple[Tensor | None, ...], capability: int, precision: str) -> Compiled:
-    """The kernel for tensors of these types, aligned as torch allocates them."""
+def compiled(launch: Launch, tensors: tuple[Tensor | None, ...], capability: int) -> Compiled:
+    """The kernel that such tensors would launch."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = launch.kernel
-    given = dict(zip(kernel.arg_names, (*tensors, *launch.numbers), strict=False))
-    named = {**launch.constants, "PRECISION": precision}
-    constants = {name: named[name] for name in named if name in kernel.arg_names}
-    constants |= {name: None for name, value in given.items() if value is None}
-    types = {name: _type(value) for name, value in given.items()} | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(given.values()) if isinstance(value, Tensor)}
-    made = triton.compile(
-        ASTSource(kernel, types, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={name: value for name, value in named.items() if name not in constants},
-    )
+    with gpu(capability):
+        made = launch.compiled(*tensors)
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -53,8 +45,33 @@ def compiled(launch: Launch, tensors: tuple[Tensor | None, ...], capability: int
     return Compiled(made.metadata.shared, registers, stack + local, made.asm["ptx"])
 
 
-def _type(value: Any) -> Any:
-    """As a launch says it to the compiler."""
-    if isinstance(value, tuple):
-        return tuple(map(_type, value))
-    return f"*{_NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+def asked_for(launches: list[tuple[Launch, tuple[Tensor | None, ...]]]) -> set[str]:
+    """What Triton would compile for these: one key for each kernel, and nothing is compiled."""
+    import triton
+
+    keys: set[str] = set()
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        keys.add(fn.name + key)
+        return True  # it is taken care of
+
+    with gpu(90), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+        for launch, tensors in launches:
+            launch.compiled(*tensors)
+    return keys
+
+
+@contextmanager
+def gpu(capability: int) -> Iterator[None]:
+    """As if there were such a GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    named = {
+        "get_current_device": f"ahead {capability}",  # kernels are remembered by it
+        "get_current_stream": None,
+        "get_current_target": GPUTarget("cuda", capability, 32),
+    }
+    fake = mock.Mock(**{f"{name}.return_value": value for name, value in named.items()})
+    with mock.patch.object(driver, "_active", fake):
+        yield

@@ -212,6 +212,7 @@ def test_a_record_beats_an_estimate_and_less_beats_more(folder):
         {"max_workspace": 1 << 20},
         {"direction": Direction.GRAD_INPUT},
         {"device": "cuda"},
+        {"tf32": True},
         {"problem": ConvProblem.parse("n2 c2 o3 x8x8 k3x3 p1")},
     ],
     ids=str,

@@ -71,11 +71,9 @@ def why_not() -> str | None:
     return None
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as it is, or rounded to TF32 where torch's switch for convolutions says so."""
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    rounds = dtype is torch.float32 and switch.fp32_precision == "tf32"
-    return "tf32" if rounds else "ieee"
+def precision(request: Request) -> str:
+    """How float32 is multiplied, in Triton's words."""
+    return "tf32" if request.tf32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,19 @@ class Launch:
 
     kernel: Any
     programs: int
-    numbers: tuple[Any, ...]
+    numbers: tuple[int, ...]
     constants: dict[str, Any]
 
-    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
-        with torch.cuda.device_of(first):  # kernels go to the current device, and its current stream
-            launched = self.kernel[(self.programs,)]
-            launched(first, *others, *self.numbers, **self.constants, PRECISION=precision(first.dtype))
+    def __call__(self, *tensors: Tensor | None) -> None:
+        self._run(tensors, warmup=False)
+
+    def compiled(self, *tensors: Tensor | None) -> Any:
+        """What a call with such tensors would launch."""
+        return self._run(tensors, warmup=True)
+
+    def _run(self, tensors: tuple[Tensor | None, ...], warmup: bool) -> Any:
+        with torch.cuda.device_of(tensors[0]):  # kernels go to the current device, and its current stream
+            return self.kernel.run(*tensors, *self.numbers, grid=(self.programs,), warmup=warmup, **self.constants)
 
 
 def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
@@ -127,13 +131,13 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             inner // inner_unit,
             outer // outer_unit,
             problem.groups,
-            three((lo for lo, _ in problem.padding), 0),
-            three(end, 1),
-            three(size, 1),
+            *three((lo for lo, _ in problem.padding), 0),
+            *three(end, 1),
+            *three(size, 1),
             read.stride(1),
-            tuple(stride // inner_unit for stride in reads) if read_last else reads,
+            *(tuple(stride // inner_unit for stride in reads) if read_last else reads),
             made[1],
-            tuple(stride // outer_unit for stride in makes) if made_last else makes,
+            *(tuple(stride // outer_unit for stride in makes) if made_last else makes),
         ),
         {
             "KERNEL": three(problem.kernel, 1),
@@ -147,6 +151,7 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             "INNER_UNIT": inner_unit,
             "OUTER_UNIT": outer_unit,
             "ACTIVATION": request.activation,
+            "PRECISION": precision(request),
             "PLACES": rows,
             "OUTPUTS": blocks.outputs,
             "DEPTH": depth,
@@ -200,13 +205,13 @@ def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
             problem.group_out // y_unit,
             problem.groups,
             split.part,
-            three((lo for lo, _ in problem.padding), 0),
-            three(_ends(problem), 1),
-            three(problem.out, 1),
+            *three((lo for lo, _ in problem.padding), 0),
+            *three(_ends(problem), 1),
+            *three(problem.out, 1),
             x.stride(1),
-            tuple(stride // x_unit for stride in of_x),
+            *(stride // x_unit for stride in of_x),
             y.stride(1),
-            tuple(stride // y_unit for stride in of_y),
+            *(stride // y_unit for stride in of_y),
         ),
         {
             "KERNEL": three(problem.kernel, 1),
@@ -217,6 +222,7 @@ def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
             "Y_LAST": y_last,
             "X_UNIT": x_unit,
             "Y_UNIT": y_unit,
+            "PRECISION": precision(request),
             "OUTPUTS": split.outputs,
             "INPUTS": split.inputs,
             "DEPTH": split.depth,

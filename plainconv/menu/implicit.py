@@ -23,6 +23,7 @@ from plainconv.problem import FORMATS, Direction, Request
 
 MOST_PLACES = 1 << 30  # a kernel counts them in 32 bits; places in memory have 64
 SPEED = {2: 8.0, 4: 1.0, 8: 0.5}  # of a product, by bytes of a number, beside float32 as it is
+TF32 = 4.0  # the same
 
 
 def why_not(request: Request) -> str | None:
@@ -50,7 +51,7 @@ def cost(request: Request) -> Cost:
 
 def speed(request: Request) -> float:
     """Multiplications in a second."""
-    return machine(request).multiplies * SPEED[request.dtype.itemsize]
+    return machine(request).multiplies * (TF32 if request.tf32 else SPEED[request.dtype.itemsize])
 
 
 def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:

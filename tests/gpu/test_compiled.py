@@ -2,49 +2,50 @@
 
 import pytest
 import torch
-from ahead import MATRIX_UNITS, SHARED, compiled
+from ahead import MATRIX_UNITS, SHARED, asked_for, compiled
 from interpreted import asked
 
 from plainconv.gpu import launch
 from plainconv.menu.base import compute_dtype
-from plainconv.problem import Direction
+from plainconv.problem import FORMATS, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
 
 TYPES = {
-    "bfloat16": (torch.bfloat16, "ieee"),
-    "float16": (torch.float16, "ieee"),
-    "float32": (torch.float32, "ieee"),
-    "float32 as TF32": (torch.float32, "tf32"),
-    "float64": (torch.float64, "ieee"),
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "float32 as TF32": (torch.float32, True),
+    "float64": (torch.float64, False),
 }
-KINDS = ((Direction.FORWARD, True), (Direction.GRAD_INPUT, False))
+KINDS = (
+    (Direction.FORWARD, True),
+    (Direction.GRAD_INPUT, False),
+    (Direction.GRAD_WEIGHT, True),
+    (Direction.GRAD_WEIGHT, False),
+)
 # One of each kind is quick; the rest is for `make check`.
 QUICK = {("bfloat16", 90), ("float32 as TF32", 80)}
 
 
-def implicit(outputs, dtype, direction, last):
-    """The launch for so many outputs of a typical layer, and its tensors."""
-    request = asked(f"n8 c64 o{outputs} x28x28 k3x3 s2 p1", direction, dtype, channels_last=last, has_bias=True)
-    if direction is Direction.GRAD_INPUT:
-        request = asked(f"n8 c{outputs} o64 x28x28 k3x3 s2 p1", direction, dtype, channels_last=last, has_bias=True)
-    lies = torch.channels_last if last else torch.contiguous_format
-    read, made = (
-        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies)
-        for role in (direction.given[0], direction.makes)
+def launched(text, direction, dtype, last, tf32=False):
+    """The launch of an implicit matrix product, and its tensors."""
+    weighs = direction is Direction.GRAD_WEIGHT
+    request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32)
+    lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
+    x, w, y = (
+        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in "xwy"
     )
-    return launch.implicit(request, read, made.stride()), (read, read, read, None, made)
+    if weighs:
+        return launch.weights(request, x, y), (x, y, w.to(compute_dtype(dtype)))
+    read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    return launch.implicit(request, read, made.stride()), (read, w, w, None, made)
 
 
-def weights(outputs, dtype, last):
-    """The same of the gradient for a weight."""
-    request = asked(f"n8 c64 o{outputs} x28x28 k3x3 s2 p1", Direction.GRAD_WEIGHT, dtype, channels_last=last)
-    lies = torch.channels_last if last else torch.contiguous_format
-    x, y = (
-        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies)
-        for role in ("x", "y")
-    )
-    return launch.weights(request, x, y), (x, y, torch.empty(0, dtype=compute_dtype(dtype), device="meta"))
+def typical(outputs, direction):
+    """A layer with so many outputs."""
+    c, o = (outputs, 64) if direction is Direction.GRAD_INPUT else (64, outputs)
+    return f"n8 c{c} o{o} x28x28 k3x3 s2 p1"
 
 
 @pytest.mark.parametrize("row", launch.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
@@ -57,11 +58,9 @@ def weights(outputs, dtype, last):
     ],
 )
 def test_every_row_fits_and_uses_the_matrix_units(row, name, capability):
-    dtype, precision = TYPES[name]
-    products = [implicit(row.outputs, dtype, direction, last) for direction, last in KINDS]
-    products += [weights(row.outputs, dtype, last) for last in (True, False)]
-    for product in products:
-        told = compiled(*product, capability, precision)
+    dtype, tf32 = TYPES[name]
+    for direction, last in KINDS:
+        told = compiled(*launched(typical(row.outputs, direction), direction, dtype, last, tf32), capability)
         assert told.shared <= SHARED[capability]
         assert told.spilled == 0
         assert any(unit in told.ptx for unit in MATRIX_UNITS.values()) == (name != "float32")
@@ -70,34 +69,32 @@ def test_every_row_fits_and_uses_the_matrix_units(row, name, capability):
 
 
 def test_neighbouring_channels_are_moved_at_once():
-    told = compiled(*implicit(64, torch.bfloat16, Direction.FORWARD, True), 90, "ieee")
+    told = compiled(*launched(typical(64, Direction.FORWARD), Direction.FORWARD, torch.bfloat16, True), 90)
     assert "cp.async.cg.shared.global" in told.ptx  # 16 bytes of it, past the registers
     assert "st.global.v4.b32" in told.ptx
 
 
-def test_a_new_image_size_changes_no_constant():
-    """All that we compile a kernel for; what Triton sees in numbers (1, multiples of 16, 2^31) is its own."""
-    for last in (False, True):
-        sizes = ("n1 c8 o16 x9x7 k3x3 s2 p1", "n64 c8 o16 x224x160 k3x3 s2 p1", "n3 c8 o16 x2x1 k3x3 s2 p1")
-        for direction in (Direction.FORWARD, Direction.GRAD_INPUT):
-            constants = []
-            for text in sizes:
-                request = asked(text, direction, channels_last=last)
-                lies = torch.channels_last if last else torch.contiguous_format
-                read = torch.empty(request.problem.shape_of(direction.given[0]), device="meta", memory_format=lies)
-                made = torch.empty(request.problem.shape_of(direction.makes), device="meta", memory_format=lies)
-                constants.append(launch.implicit(request, read, made.stride()).constants)
-            assert constants[0] == constants[1] == constants[2]
-            assert not {type(number) for number in launch.implicit(request, read, made.stride()).numbers} - {int, tuple}
+SIZES = (
+    "n1 c8 o16 x9x7 k3x3 s2 p1",
+    "n16 c8 o16 x32x64 k3x3 s2 p1",
+    "n3 c8 o16 x2x1 k3x3 s2 p1",
+    "n1 c8 o16 x1x1 k3x3 s2 p16",
+    "n2 c8 o16 x50000x50000 k3x3 s2 p0",
+    "n5 c8 o16 x33x31 k3x3 s2 p2:1x1:16",
+)
 
 
-def test_float32_follows_torchs_switch():
-    switch = torch.backends.cudnn.conv
-    before = switch.fp32_precision
-    try:
-        for precision in ("ieee", "tf32"):
-            switch.fp32_precision = precision
-            assert launch.precision(torch.float32) == precision
-            assert launch.precision(torch.float64) == launch.precision(torch.bfloat16) == "ieee"
-    finally:
-        switch.fp32_precision = before
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+def test_a_new_image_size_compiles_nothing(direction, last):
+    """Batches, heights, widths, paddings; 1, multiples of 16, and strides of more than 32 bits among the numbers."""
+    launches = [launched(text, direction, torch.bfloat16, last) for text in SIZES]
+    assert any(number >> 31 > 0 for call, _ in launches for number in call.numbers)
+    assert len(asked_for(launches)) == 1
+    other = launched(SIZES[0].replace("k3x3", "k3x2"), direction, torch.bfloat16, last)
+    assert len(asked_for([*launches, other])) == 2
+
+
+def test_tf32_is_another_kernel():
+    launches = [launched(SIZES[0], Direction.FORWARD, torch.float32, True, tf32) for tf32 in (False, True)]
+    assert len(asked_for(launches)) == 2

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
+from plainconv.gpu.kernels.numbers import kernel
 from plainconv.gpu.kernels.places import offset_of, place_of
 
 
@@ -35,28 +36,36 @@ def _phase(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: t
     return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)
 
 
-NUMBERS = ("images", "inner", "outer", "groups", "low", "end", "size")
-STRIDES = ("read_channel", "read_place", "made_channel", "made_place")
-
-
-@triton.jit(do_not_specialize=[*NUMBERS, *STRIDES])
+@kernel
 def implicit(
     read,  # x or y
     weight,  # [o, taps, c/g], contiguous
     bias,  # [channels made], or None
     residual,  # lies as what is made, or None
     made,  # y or x
-    images,
-    inner,  # channels of a group that are summed over, in INNER_UNITs
-    outer,  # channels of a group that are made, in OUTER_UNITs
-    groups,
-    low,  # depth, rows, width: padding before
-    end,  # behind the last element that is left, of what is read
-    size,  # of what is made
-    read_channel,  # strides of what is read
-    read_place,  # image, depth, rows, width; where READ_LAST in INNER_UNITs
-    made_channel,  # of what is made
-    made_place,  # where MADE_LAST in OUTER_UNITs
+    images: tl.int32,
+    inner: tl.int32,  # channels of a group that are summed over, in INNER_UNITs
+    outer: tl.int32,  # channels of a group that are made, in OUTER_UNITs
+    groups: tl.int32,
+    low_d: tl.int32,  # padding before: depth, rows, width
+    low_h: tl.int32,
+    low_w: tl.int32,
+    end_d: tl.int32,  # behind the last element that is left, of what is read
+    end_h: tl.int32,
+    end_w: tl.int32,
+    size_d: tl.int32,  # of what is made
+    size_h: tl.int32,
+    size_w: tl.int32,
+    read_channel: tl.int64,  # strides of what is read; but for the channel's, where READ_LAST in INNER_UNITs
+    read_i: tl.int64,
+    read_d: tl.int64,
+    read_h: tl.int64,
+    read_w: tl.int64,
+    made_channel: tl.int64,  # of what is made; where MADE_LAST in OUTER_UNITs
+    made_i: tl.int64,
+    made_d: tl.int64,
+    made_h: tl.int64,
+    made_w: tl.int64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -88,11 +97,15 @@ def implicit(
         made_channel = 1
 
     # -- which phase, group and tile ---------------------------------------------------------------------------------
-    size_d, size_h, size_w = size[0], size[1], size[2]
+    places_d, places_h, places_w = size_d, size_h, size_w  # of a phase; none has more than the first
     if ADJOINT:
         phases_h, phases_w = tl.minimum(size_h, STRIDE[1]), tl.minimum(size_w, STRIDE[2])
-        size_d, size_h, size_w = tl.cdiv(size_d, STRIDE[0]), tl.cdiv(size_h, STRIDE[1]), tl.cdiv(size_w, STRIDE[2])
-    rows = tl.cdiv(images * size_d * size_h * size_w, PLACES)  # of tiles; no phase has more than the first
+        places_d, places_h, places_w = (
+            tl.cdiv(size_d, STRIDE[0]),
+            tl.cdiv(size_h, STRIDE[1]),
+            tl.cdiv(size_w, STRIDE[2]),
+        )
+    rows = tl.cdiv(images * places_d * places_h * places_w, PLACES)  # of tiles
     columns = tl.cdiv(outer, OUTPUTS)
     program = tl.program_id(0)
     which = program // (rows * columns)
@@ -106,18 +119,18 @@ def implicit(
 
     r_d, r_h, r_w, first_d, first_h, first_w = 0, 0, 0, 0, 0, 0
     taps_d, taps_h, taps_w = KERNEL[0], KERNEL[1], KERNEL[2]
-    from_d, from_h, from_w = -low[0], -low[1], -low[2]
+    from_d, from_h, from_w = -low_d, -low_h, -low_w
     if ADJOINT:
         phase = which // groups
         r_d, r_h, r_w = phase // phases_w // phases_h, phase // phases_w % phases_h, phase % phases_w
-        first_d, taps_d, from_d, size_d = _phase(r_d, low[0], size[0], KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
-        first_h, taps_h, from_h, size_h = _phase(r_h, low[1], size[1], KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
-        first_w, taps_w, from_w, size_w = _phase(r_w, low[2], size[2], KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
+        first_d, taps_d, from_d, places_d = _phase(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
+        first_h, taps_h, from_h, places_h = _phase(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
+        first_w, taps_w, from_w, places_w = _phase(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
 
     # -- its places and channels -------------------------------------------------------------------------------------
     m = row * PLACES + tl.arange(0, PLACES)
     n = column * OUTPUTS + tl.arange(0, OUTPUTS)
-    i, d, h, w = place_of(m, size_d, size_h, size_w)
+    i, d, h, w = place_of(m, places_d, places_h, places_w)
     is_place, is_made = i < images, n < outer
 
     # -- the product -------------------------------------------------------------------------------------------------
@@ -134,11 +147,11 @@ def implicit(
             at_h = h + from_h - t_h * (DILATION[1] * PERIOD[1] // STRIDE[1])
             at_w = w + from_w - t_w * (DILATION[2] * PERIOD[2] // STRIDE[2])
         else:
-            at_d = shown(d * STRIDE[0] + from_d + t_d * DILATION[0], low[0], end[0], MODE)
-            at_h = shown(h * STRIDE[1] + from_h + t_h * DILATION[1], low[1], end[1], MODE)
-            at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low[2], end[2], MODE)
-        inside = (at_d >= 0) & (at_d < end[0]) & (at_h >= 0) & (at_h < end[1]) & (at_w >= 0) & (at_w < end[2])
-        at = offset_of(i, at_d, at_h, at_w, read_place, READ_UNIT)
+            at_d = shown(d * STRIDE[0] + from_d + t_d * DILATION[0], low_d, end_d, MODE)
+            at_h = shown(h * STRIDE[1] + from_h + t_h * DILATION[1], low_h, end_h, MODE)
+            at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low_w, end_w, MODE)
+        inside = (at_d >= 0) & (at_d < end_d) & (at_h >= 0) & (at_h < end_h) & (at_w >= 0) & (at_w < end_w)
+        at = offset_of(i, at_d, at_h, at_w, (read_i, read_d, read_h, read_w), READ_UNIT)
         channel = k.to(tl.int64) * read_channel
         is_read = k < inner
         factor = tl.load(
@@ -166,7 +179,7 @@ def implicit(
         total += tl.expand_dims(tl.load(bias + n, mask=is_made, other=0.0).to(SUM), M)
     if ADJOINT:
         d, h, w = d * STRIDE[0] + r_d, h * STRIDE[1] + r_h, w * STRIDE[2] + r_w
-    at = tl.expand_dims(offset_of(i, d, h, w, made_place, MADE_UNIT), 1 - M)
+    at = tl.expand_dims(offset_of(i, d, h, w, (made_i, made_d, made_h, made_w), MADE_UNIT), 1 - M)
     at += tl.expand_dims(n * made_channel, M)
     mask = tl.expand_dims(is_place, 1 - M) & tl.expand_dims(is_made, M)
     if residual is not None:

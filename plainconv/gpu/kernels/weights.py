@@ -6,33 +6,42 @@ A weight is a small result of a long sum, and its tiles alone would leave most o
 into parts, each part has tiles of its own, and writes its sums where no other does; whoever adds them does so in order.
 """
 
-import triton
 import triton.language as tl
 
 from plainconv.gpu.kernels.border import shown
+from plainconv.gpu.kernels.numbers import kernel
 from plainconv.gpu.kernels.places import offset_of, place_of
 
-NUMBERS = ("images", "inputs", "outputs", "groups", "part", "low", "end", "size")
-STRIDES = ("x_channel", "x_place", "y_channel", "y_place")
 
-
-@triton.jit(do_not_specialize=[*NUMBERS, *STRIDES])
+@kernel
 def weights(
     x,
     y,
     parts,  # [parts, o, taps, c/g], contiguous, in the type of the sums
-    images,
-    inputs,  # channels of a group, in X_UNITs
-    outputs,  # the same, in Y_UNITs
-    groups,
-    part,  # steps of each
-    low,  # depth, rows, width: padding before
-    end,  # behind the last element of x that is left
-    size,  # of y
-    x_channel,  # strides
-    x_place,  # image, depth, rows, width; where X_LAST in X_UNITs
-    y_channel,
-    y_place,  # where Y_LAST in Y_UNITs
+    images: tl.int32,
+    inputs: tl.int32,  # channels of a group, in X_UNITs
+    outputs: tl.int32,  # the same, in Y_UNITs
+    groups: tl.int32,
+    part: tl.int32,  # steps of each
+    low_d: tl.int32,  # padding before: depth, rows, width
+    low_h: tl.int32,
+    low_w: tl.int32,
+    end_d: tl.int32,  # behind the last element of x that is left
+    end_h: tl.int32,
+    end_w: tl.int32,
+    size_d: tl.int32,  # of y
+    size_h: tl.int32,
+    size_w: tl.int32,
+    x_channel: tl.int64,  # strides; but for the channel's, where X_LAST in X_UNITs
+    x_i: tl.int64,
+    x_d: tl.int64,
+    x_h: tl.int64,
+    x_w: tl.int64,
+    y_channel: tl.int64,  # where Y_LAST in Y_UNITs
+    y_i: tl.int64,
+    y_d: tl.int64,
+    y_h: tl.int64,
+    y_w: tl.int64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -72,20 +81,20 @@ def weights(
 
     # -- the product -------------------------------------------------------------------------------------------------
     t_d, t_h, t_w = t // KERNEL[2] // KERNEL[1], t // KERNEL[2] % KERNEL[1], t % KERNEL[2]
-    from_d, from_h, from_w = t_d * DILATION[0] - low[0], t_h * DILATION[1] - low[1], t_w * DILATION[2] - low[2]
+    from_d, from_h, from_w = t_d * DILATION[0] - low_d, t_h * DILATION[1] - low_h, t_w * DILATION[2] - low_w
     x += group * inputs * x_channel + tl.expand_dims(c.to(tl.int64) * x_channel, 1 - M)
     y += group * outputs * y_channel + tl.expand_dims(o.to(tl.int64) * y_channel, 1)
     total = tl.zeros((OUTPUTS, INPUTS), SUM)
     for step in range(part):
         m = (p * part + step) * DEPTH + tl.arange(0, DEPTH)
-        i, d, h, w = place_of(m, size[0], size[1], size[2])
-        at_d = shown(d * STRIDE[0] + from_d, low[0], end[0], MODE)
-        at_h = shown(h * STRIDE[1] + from_h, low[1], end[1], MODE)
-        at_w = shown(w * STRIDE[2] + from_w, low[2], end[2], MODE)
-        inside = (at_d >= 0) & (at_d < end[0]) & (at_h >= 0) & (at_h < end[1]) & (at_w >= 0) & (at_w < end[2])
+        i, d, h, w = place_of(m, size_d, size_h, size_w)
+        at_d = shown(d * STRIDE[0] + from_d, low_d, end_d, MODE)
+        at_h = shown(h * STRIDE[1] + from_h, low_h, end_h, MODE)
+        at_w = shown(w * STRIDE[2] + from_w, low_w, end_w, MODE)
+        inside = (at_d >= 0) & (at_d < end_d) & (at_h >= 0) & (at_h < end_h) & (at_w >= 0) & (at_w < end_w)
         is_place = i < images
-        of_x = offset_of(i, at_d, at_h, at_w, x_place, X_UNIT if X_LAST else 1)
-        of_y = offset_of(i, d, h, w, y_place, Y_UNIT if Y_LAST else 1)
+        of_x = offset_of(i, at_d, at_h, at_w, (x_i, x_d, x_h, x_w), X_UNIT if X_LAST else 1)
+        of_y = offset_of(i, d, h, w, (y_i, y_d, y_h, y_w), Y_UNIT if Y_LAST else 1)
         left = tl.load(
             y + tl.expand_dims(of_y, 0),
             mask=tl.expand_dims(is_output, 1) & tl.expand_dims(is_place, 0),
