@@ -22,7 +22,14 @@ from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import algorithms, tune, tuning
 from plainconv.profiling import profile
 from plainconv.replace import swap, unswap
-from plainconv.settings import get_allow_builtin, get_max_workspace, set_allow_builtin, set_max_workspace
+from plainconv.settings import (
+    get_allow_builtin,
+    get_max_workspace,
+    get_precision,
+    set_allow_builtin,
+    set_max_workspace,
+    set_precision,
+)
 from plainconv.version import __version__
 
 __all__ = [
@@ -39,12 +46,14 @@ __all__ = [
     "functional",
     "get_allow_builtin",
     "get_max_workspace",
+    "get_precision",
     "nn",
     "optimize",
     "prepack",
     "profile",
     "set_allow_builtin",
     "set_max_workspace",
+    "set_precision",
     "swap",
     "tune",
     "tuning",

@@ -13,6 +13,9 @@ algorithm      "auto", or one of plainconv.algorithms().
 max_workspace  bytes of scratch memory that the algorithm may use; None: what plainconv.set_max_workspace says, 1 GiB at
                first.
 allow_builtin  whether torch's own convolution may be chosen; None: what plainconv.set_allow_builtin says, at first no.
+precision      "high", or "highest": then nothing serves whose error may exceed that of a sum of the products as they
+               are (which leaves the smallest tiles of `winograd`, and hardly any `fft`); None: what
+               plainconv.set_precision says, at first "high".
 activation     None, "relu", "relu6", "leaky_relu" (slope 0.01), "hardswish", "sigmoid", "silu" or "gelu" (with erf).
 residual       a tensor of the result's shape, type and device.  What is made is
                activation(convolution + bias + residual),  both where the kernel stores its sums; if a gradient is asked
@@ -61,6 +64,7 @@ def conv1d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -69,7 +73,7 @@ def conv1d(
     input: [n, c, length], or [c, length] without a batch.  weight: [o, c/groups, k].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, precision, 0)
     return _call(conv1d, 1, input, weight, bias, options, activation, residual)
 
 
@@ -86,6 +90,7 @@ def conv2d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -93,14 +98,14 @@ def conv2d(
 
     input: [n, c, h, w], or [c, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [o] or None.
     stride, dilation: int, or one for each dimension.  padding, padding_mode, algorithm, max_workspace, allow_builtin,
-    activation, residual: see plainconv.functional.
+    precision, activation, residual: see plainconv.functional.
 
     Returns [n, o, out_h, out_w] of the input's type, with out = (size + lo + hi - dilation*(k-1) - 1) // stride + 1;
     channels_last if the input or the weight is.  Differentiable in input, weight and bias, to any order.
     Raises RuntimeError, in torch's words, if shapes or types do not fit; ValueError for an unknown padding_mode or
     algorithm; AlgorithmRefused if the algorithm named cannot serve the call.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, precision, 0)
     return _call(conv2d, 2, input, weight, bias, options, activation, residual)
 
 
@@ -117,6 +122,7 @@ def conv3d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -125,7 +131,7 @@ def conv3d(
     input: [n, c, d, h, w], or [c, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [o] or None.
     Everything else is as in conv2d.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, 0)
+    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, precision, 0)
     return _call(conv3d, 3, input, weight, bias, options, activation, residual)
 
 
@@ -143,6 +149,7 @@ def conv_transpose1d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -151,7 +158,18 @@ def conv_transpose1d(
     input: [n, o, length], or [o, length] without a batch.  weight: [o, c/groups, k].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
+    options = (
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        algorithm,
+        max_workspace,
+        allow_builtin,
+        precision,
+        output_padding,
+    )
     return _call(conv_transpose1d, 1, input, weight, bias, options, activation, residual)
 
 
@@ -169,6 +187,7 @@ def conv_transpose2d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -177,14 +196,25 @@ def conv_transpose2d(
     It is the gradient of a convolution with respect to its input, with the very weight of that convolution.
     input: [n, o, h, w], or [o, h, w] without a batch.  weight: [o, c/groups, kh, kw].  bias: [c] or None.
     stride, dilation, output_padding: int, or one for each dimension.  padding, padding_mode, algorithm,
-    max_workspace, allow_builtin, activation, residual: see plainconv.functional.
+    max_workspace, allow_builtin, precision, activation, residual: see plainconv.functional.
 
     Returns [n, c, out_h, out_w] of the input's type, with
     out = (size - 1)*stride - lo - hi + dilation*(k-1) + output_padding + 1;
     channels_last if the input or the weight is.
     Differentiable in input, weight and bias, to any order.  Raises what conv2d raises.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
+    options = (
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        algorithm,
+        max_workspace,
+        allow_builtin,
+        precision,
+        output_padding,
+    )
     return _call(conv_transpose2d, 2, input, weight, bias, options, activation, residual)
 
 
@@ -202,6 +232,7 @@ def conv_transpose3d(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -210,7 +241,18 @@ def conv_transpose3d(
     input: [n, o, d, h, w], or [o, d, h, w] without a batch.  weight: [o, c/groups, kd, kh, kw].  bias: [c] or None.
     Everything else is as in conv_transpose2d.
     """
-    options = (stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding)
+    options = (
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        algorithm,
+        max_workspace,
+        allow_builtin,
+        precision,
+        output_padding,
+    )
     return _call(conv_transpose3d, 3, input, weight, bias, options, activation, residual)
 
 
@@ -227,6 +269,7 @@ def explain(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     output_padding: Spec = 0,
@@ -248,7 +291,16 @@ def explain(
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
     options = Options(
-        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        algorithm,
+        max_workspace,
+        allow_builtin,
+        precision,
+        output_padding,
     )
     input, weight, bias = _autocast(input, weight, bias)
     first, make, _ = settled(name, weight.dim() - 2, input, weight, bias, options)
@@ -279,6 +331,7 @@ class Options(NamedTuple):
     algorithm: str
     max_workspace: int | None
     allow_builtin: bool | None
+    precision: str | None
     output_padding: Spec = 0
 
 
@@ -504,7 +557,7 @@ def settled(
     check_algorithm(options.algorithm)
     direction = Direction.GRAD_INPUT if call.transposed else Direction.FORWARD
     channels_last = ops.is_channels_last(input) or ops.is_channels_last(weight)
-    chosen = resolve(options.algorithm, options.max_workspace, options.allow_builtin)
+    chosen = resolve(options.algorithm, options.max_workspace, options.allow_builtin, options.precision)
     return input, ops.Make(direction, shape, geometry, channels_last, chosen), rank == dims + 2
 
 

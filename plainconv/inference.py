@@ -34,7 +34,7 @@ from plainconv.settings import AUTO, resolve
 
 MOST_MADE = 4  # weights, packed or transformed in different ways, that a call keeps
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
-_SETTINGS = ("algorithm", "max_workspace", "allow_builtin")
+_SETTINGS = ("algorithm", "max_workspace", "allow_builtin", "precision")
 _Run = Callable[[Tensor, Tensor | None], Tensor]  # of an input, and a residual
 _Ready = tuple[Callable[..., bool], bool, _Run]  # fits, whether it asks for a gradient, and runs
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -210,6 +210,7 @@ def prepack(
     algorithm: str = AUTO,
     max_workspace: int | None = None,
     allow_builtin: bool | None = None,
+    precision: str | None = None,
     activation: str | None = None,
     output_padding: Spec = 0,
     transposed: bool = False,
@@ -228,7 +229,8 @@ def prepack(
         input_shape: of the inputs that it shall be quick for, (n, c, *spatial) or (c, *spatial).
         bias, stride, ..., output_padding, transposed: beside a weight, as of plainconv.conv2d and conv_transpose2d; a
             layer has its own.
-        algorithm, max_workspace, allow_builtin: as of plainconv.conv2d; by default those of the layer, if it has them.
+        algorithm, max_workspace, allow_builtin, precision: as of plainconv.conv2d; by default those of the layer, if it
+            has them.
         activation: as of plainconv.conv2d; a residual is given in the call.
         memory_format: in which the inputs will lie; by default as the weight does.
 
@@ -238,11 +240,20 @@ def prepack(
         ValueError, AlgorithmRefused: as plainconv.conv2d.
     """
     options = Options(
-        stride, padding, dilation, groups, padding_mode, algorithm, max_workspace, allow_builtin, output_padding
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+        algorithm,
+        max_workspace,
+        allow_builtin,
+        precision,
+        output_padding,
     )
     weight = layer
     if isinstance(layer, nn.Module):
-        if bias is not None or transposed or options != Options(1, 0, 1, 1, "zeros", *options[5:8]):
+        if bias is not None or transposed or options != Options(1, 0, 1, 1, "zeros", *options[5:9]):
             raise TypeError("a layer has its own bias, stride, padding, ...; give its weight to choose others")
         weight, bias, transposed, options = _of_layer(layer, options)
     if not isinstance(weight, Tensor):
@@ -253,8 +264,8 @@ def prepack(
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     check_algorithm(options.algorithm)
     check_activation(activation, weight.dtype)
-    chosen = resolve(*options[5:8])
-    options = options._replace(max_workspace=chosen.max_workspace, allow_builtin=chosen.allow_builtin)
+    chosen = resolve(*options[5:9])
+    options = options._replace(**chosen._asdict())
     _no_gradients(weight, bias)
     with torch.inference_mode(False), torch.no_grad():
         own = [None if of is None else of.detach().clone().resolve_conj().resolve_neg() for of in (weight, bias)]

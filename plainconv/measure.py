@@ -168,6 +168,7 @@ def _told(request: Request) -> dict[str, Any]:
         "activation": request.activation,
         "threads": request.threads,
         "max_workspace": request.max_workspace,
+        "precision": request.precision,
         "plainconv": __version__,
         "torch": torch.__version__,
         **({"packed": True} if request.packed else {}),

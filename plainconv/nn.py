@@ -2,8 +2,8 @@
 
 Each class is a subclass of torch's of the same name: the constructor, the initialisation, the parameters, the
 state_dict and the repr are torch's own, and `isinstance` holds.  Added are the keywords `algorithm="auto"`,
-`max_workspace=None` and `allow_builtin=None`, the paddings of plainconv.functional that torch lacks, and padding modes
-for the transposed layers.
+`max_workspace=None`, `allow_builtin=None` and `precision=None`, the paddings of plainconv.functional that torch lacks,
+and padding modes for the transposed layers.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _Layer(_ConvNd):
     algorithm: str = AUTO
     max_workspace: int | None = None
     allow_builtin: bool | None = None
+    precision: str | None = None
 
     def __init__(
         self,
@@ -52,9 +53,10 @@ class _Layer(_ConvNd):
         algorithm: str = AUTO,
         max_workspace: int | None = None,
         allow_builtin: bool | None = None,
+        precision: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _check(algorithm, max_workspace, allow_builtin)
+        _check(algorithm, max_workspace, allow_builtin, precision)
         try:
             given = inspect.signature(super().__init__).bind(*args, **kwargs)
         except TypeError as error:
@@ -70,7 +72,8 @@ class _Layer(_ConvNd):
         if transposed and mode != "zeros":
             given.arguments["padding_mode"] = "zeros"
         super().__init__(*given.args, **given.kwargs)
-        self.algorithm, self.max_workspace, self.allow_builtin = algorithm, max_workspace, allow_builtin
+        self.algorithm, self.max_workspace = algorithm, max_workspace
+        self.allow_builtin, self.precision = allow_builtin, precision
         self.padding_mode = mode
         if added:
             self.padding = padding
@@ -79,12 +82,13 @@ class _Layer(_ConvNd):
         told: str = super().extra_repr()  # type: ignore[no-untyped-call]
         told += "" if self.algorithm == AUTO else f", algorithm={self.algorithm}"
         told += "" if self.max_workspace is None else f", max_workspace={self.max_workspace}"
-        return told if self.allow_builtin is None else f"{told}, allow_builtin={self.allow_builtin}"
+        told += "" if self.allow_builtin is None else f", allow_builtin={self.allow_builtin}"
+        return told if self.precision is None else f"{told}, precision={self.precision}"
 
 
-def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None) -> None:
+def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None, precision: str | None) -> None:
     check_algorithm(algorithm)
-    resolve(algorithm, max_workspace, allow_builtin)
+    resolve(algorithm, max_workspace, allow_builtin, precision)
 
 
 def _braced(words: tuple[str, ...]) -> str:
@@ -121,6 +125,7 @@ class _Conv(_Layer):
             algorithm=self.algorithm,
             max_workspace=self.max_workspace,
             allow_builtin=self.allow_builtin,
+            precision=self.precision,
         )
 
 
@@ -140,6 +145,7 @@ class _ConvTranspose(_Layer, _ConvTransposeNd):
             algorithm=self.algorithm,
             max_workspace=self.max_workspace,
             allow_builtin=self.allow_builtin,
+            precision=self.precision,
         )
 
     def _output_padding_for(self, input: Tensor, output_size: list[int]) -> list[int]:
@@ -170,11 +176,13 @@ class _Lazy:
         algorithm: str = AUTO,
         max_workspace: int | None = None,
         allow_builtin: bool | None = None,
+        precision: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _check(algorithm, max_workspace, allow_builtin)
+        _check(algorithm, max_workspace, allow_builtin, precision)
         super().__init__(*args, **kwargs)
-        self.algorithm, self.max_workspace, self.allow_builtin = algorithm, max_workspace, allow_builtin
+        self.algorithm, self.max_workspace = algorithm, max_workspace
+        self.allow_builtin, self.precision = allow_builtin, precision
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):

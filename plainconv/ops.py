@@ -410,7 +410,8 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
         threads,
         make.settings.max_workspace,
         allow_builtin=make.settings.allow_builtin,
-        tf32=_rounds(first),
+        tf32=make.settings.precision != "highest" and _rounds(first),
+        precision=make.settings.precision,
     )
 
 
@@ -657,7 +658,7 @@ def _unfold(tensor: Tensor, role: str, letter: str, groups: int, size: int) -> T
 
 _ARGUMENTS = (
     "Tensor? bias, SymInt[] size, int[] stride, SymInt[] padding, int[] dilation, int groups, "
-    "str padding_mode, bool channels_last, str algorithm, int max_workspace, bool allow_builtin"
+    "str padding_mode, bool channels_last, str algorithm, int max_workspace, bool allow_builtin, str precision"
 )
 _LIBRARY = torch.library.Library("plainconv", "DEF")
 

@@ -24,7 +24,18 @@ from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
 from plainconv.memory import LARGE, lent
 from plainconv.menu import ALGORITHMS, fitted
-from plainconv.menu.base import DTYPES, Algorithm, AlgorithmRefused, Bound, Cost, Made, Tensors, finish, finish_seconds
+from plainconv.menu.base import (
+    DTYPES,
+    Algorithm,
+    AlgorithmRefused,
+    Bound,
+    Cost,
+    Made,
+    Tensors,
+    finish,
+    finish_seconds,
+    sum_error,
+)
 from plainconv.problem import Direction, Request
 from plainconv.remember import forget, on_forget
 from plainconv.settings import AUTO
@@ -254,8 +265,9 @@ def tuning() -> Iterator[Tuning]:
     Each request (sizes, direction, type, memory format, threads, settings) is measured once, in the forward and in the
     backward pass, and remembered in the user's cache: later calls, of other processes too, go by it.  A request that
     was measured before is not measured again, nor is a call that names its algorithm.  Measuring takes about half a
-    second a request, on tensors of its own, and only the algorithms take part that `max_workspace` and `allow_builtin`
-    let in.  It holds for all threads of the process.  Yields a report that grows, and prints as a line a request.
+    second a request, on tensors of its own, and only the algorithms take part that `max_workspace`, `allow_builtin`
+    and `precision` let in.  It holds for all threads of the process.  Yields a report that grows, and prints as a line
+    a request.
     """
     global _tuning
     forget()  # so that every call asks for its plan again
@@ -312,6 +324,11 @@ def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Recor
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise NotImplementedError(f"plainconv is not implemented for {request.dtype}; it knows {known}")
     if sentence := algorithm.why_not(request):
+        return Verdict(algorithm, None, sentence)
+    if request.precision == "highest" and (ratio := algorithm.error(request) / sum_error(request)) > 1:
+        sentence = (
+            f"its error may be {ratio:.3g} times that of a plain sum, and precision='highest' allows no more"
+        )
         return Verdict(algorithm, None, sentence)
     cost, threads = algorithm.cost(request), request.threads
     if threads > 1 and cost.seconds < SHORT_S:

@@ -21,6 +21,8 @@ import torch
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 DEFAULT_MAX_WORKSPACE = 1 << 30
+PRECISIONS = ("highest", "high")  # with "highest", no error is larger than that of a sum of products as they are
+DEFAULT_PRECISION = "high"
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # channels_last, by a tensor's dimensions
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "gelu")
 
@@ -290,7 +292,8 @@ class Request:
     of y, too.  channels_last speaks of the result, and is never set where torch has
     no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.  packed: the weight
     stays from call to call, so that what is made of it alone is made once, and is no part of a call.
-    tf32: float32 may be rounded to TF32 before it is multiplied, as torch's switch for convolutions on CUDA says.
+    tf32: float32 may be rounded to TF32 before it is multiplied, as torch's switch for convolutions on CUDA says, and
+    precision, one of PRECISIONS, allows.
     """
 
     problem: ConvProblem
@@ -306,6 +309,7 @@ class Request:
     allow_builtin: bool = False
     packed: bool = False
     tf32: bool = False
+    precision: str = DEFAULT_PRECISION
 
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
@@ -332,4 +336,4 @@ class Request:
         told += "" if self.activation is None else f", {self.activation}"
         if self.max_workspace != DEFAULT_MAX_WORKSPACE:
             told += f", max_workspace={self.max_workspace}"
-        return told
+        return told if self.precision == DEFAULT_PRECISION else f"{told}, precision={self.precision}"

@@ -9,28 +9,30 @@ from __future__ import annotations
 from operator import index
 from typing import NamedTuple
 
-from plainconv.problem import DEFAULT_MAX_WORKSPACE
+from plainconv.problem import DEFAULT_MAX_WORKSPACE, DEFAULT_PRECISION, PRECISIONS
 
 AUTO = "auto"
 
 
 class Settings(NamedTuple):
-    """The algorithm's name or "auto", bytes of scratch memory that it may use, whether torch's own may be chosen."""
+    """The algorithm's name or "auto"; and what it may be: bytes of scratch memory, torch's own, and how precise."""
 
     algorithm: str = AUTO
     max_workspace: int = DEFAULT_MAX_WORKSPACE
     allow_builtin: bool = False
+    precision: str = DEFAULT_PRECISION
 
 
 current = Settings()  # those of the process
 
 
-def resolve(algorithm: str, max_workspace: int | None, allow_builtin: bool | None) -> Settings:
+def resolve(algorithm: str, max_workspace: int | None, allow_builtin: bool | None, precision: str | None) -> Settings:
     """The settings of a call; None is what the process has. Raises TypeError or ValueError."""
     return Settings(
         algorithm,
         current.max_workspace if max_workspace is None else _bytes(max_workspace),
         current.allow_builtin if allow_builtin is None else _switch(allow_builtin),
+        current.precision if precision is None else _precision(precision),
     )
 
 
@@ -64,6 +66,21 @@ def get_allow_builtin() -> bool:
     return current.allow_builtin
 
 
+def set_precision(precision: str) -> None:
+    """Let the error of a result be larger than that of a plain sum ("high"), or not ("highest").
+
+    It holds for calls that do not say `precision=`, in all threads of this process, from now on; at first it is "high".
+    The names are those of torch.set_float32_matmul_precision.  Raises ValueError if it is another.
+    """
+    global current
+    current = current._replace(precision=_precision(precision))
+
+
+def get_precision() -> str:
+    """The precision of a call that does not say `precision=`: "high" or "highest"."""
+    return current.precision
+
+
 def _bytes(value: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"max_workspace must be an int, a number of bytes, but got {value!r}")
@@ -75,4 +92,11 @@ def _bytes(value: int) -> int:
 def _switch(value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"allow_builtin must be True or False, but got {value!r}")
+    return value
+
+
+def _precision(value: str) -> str:
+    if value not in PRECISIONS:
+        known = " or ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be {known}, but got {value!r}")
     return value

@@ -91,7 +91,7 @@ def test_same_weights_attributes_repr_and_result_from_the_same_arguments(name, o
         assert torch.equal(mine.state_dict()[key], value)
         assert mine.state_dict()[key].dtype == options["dtype"]
     assert repr(mine) == repr(torchs)
-    added = {"algorithm", "max_workspace", "allow_builtin"}
+    added = {"algorithm", "max_workspace", "allow_builtin", "precision"}
     assert vars(mine).keys() - added == vars(torchs).keys()
     for key in torchs.__constants__:
         assert getattr(mine, key) == getattr(torchs, key)

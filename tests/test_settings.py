@@ -1,6 +1,7 @@
-"""max_workspace and allow_builtin: by call, by layer and for the process; they stay with a call's gradients."""
+"""max_workspace, allow_builtin and precision: by call, by layer and for the process; they stay with a call's gradients."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from checks import BY_NAME, request
 import plainconv
 from plainconv import plan as plans
 from plainconv import settings
-from plainconv.menu.base import AlgorithmRefused
+from plainconv.menu.base import AlgorithmRefused, sum_error
 from plainconv.plan import plan
 from plainconv.problem import DEFAULT_MAX_WORKSPACE, ConvProblem, Direction
 
@@ -26,6 +27,10 @@ def asked(served):
     return [plan.request for plan, _ in served]
 
 
+def limits(request):
+    return request.max_workspace, request.allow_builtin, request.precision
+
+
 def tensors(name: str, requires_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     dims = int(name[-2])
     return tuple(torch.randn(2, 2, *(k,) * dims).requires_grad_(requires_grad) for k in (6, 3))
@@ -37,27 +42,27 @@ def tensors(name: str, requires_grad: bool = False) -> tuple[torch.Tensor, torch
 def test_at_first():
     assert plainconv.get_max_workspace() == DEFAULT_MAX_WORKSPACE == 1 << 30
     assert plainconv.get_allow_builtin() is False
+    assert plainconv.get_precision() == "high"
 
 
 @names
 def test_every_function_and_layer_takes_them_and_its_gradients_keep_them(name, served):
     function = getattr(plainconv, name)
     x, w = tensors(name, requires_grad=True)
-    layer = getattr(plainconv.nn, name.replace("conv", "Conv").replace("_t", "T"))(
-        2, 2, 3, max_workspace=1 << 16, allow_builtin=True
-    )
-    assert repr(layer).endswith(", max_workspace=65536, allow_builtin=True)")
-    for call in (lambda: function(x, w, max_workspace=1 << 16, allow_builtin=True), lambda: layer(x)):
+    said = {"max_workspace": 1 << 16, "allow_builtin": True, "precision": "highest"}
+    layer = getattr(plainconv.nn, name.replace("conv", "Conv").replace("_t", "T"))(2, 2, 3, **said)
+    assert repr(layer).endswith(", max_workspace=65536, allow_builtin=True, precision=highest)")
+    for call in (lambda: function(x, w, **said), lambda: layer(x)):
         served.clear()
         y = call()
         plainconv.set_max_workspace(1 << 20)  # what is set in between is for other calls
         y.sum().backward()
         plainconv.set_max_workspace(DEFAULT_MAX_WORKSPACE)
         assert len(served) == 3
-        assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}
+        assert {limits(request) for request in asked(served)} == {(1 << 16, True, "highest")}
     served.clear()
     function(x, w)
-    assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 30, False)}
+    assert {limits(request) for request in asked(served)} == {(1 << 30, False, "high")}
 
 
 @names
@@ -65,24 +70,26 @@ def test_the_process_speaks_where_the_call_does_not(name, served):
     function, (x, w) = getattr(plainconv, name), tensors(name)
     plainconv.set_max_workspace(12345)
     plainconv.set_allow_builtin(True)
+    plainconv.set_precision("highest")
     assert (plainconv.get_max_workspace(), plainconv.get_allow_builtin()) == (12345, True)
+    assert plainconv.get_precision() == "highest"
     function(x, w)
-    function(x, w, max_workspace=0, allow_builtin=False)
-    assert [(request.max_workspace, request.allow_builtin) for request in asked(served)] == [(12345, True), (0, False)]
+    function(x, w, max_workspace=0, allow_builtin=False, precision="high")
+    assert [limits(request) for request in asked(served)] == [(12345, True, "highest"), (0, False, "high")]
 
 
 @names
 def test_they_are_keywords_that_are_none(name):
     parameters = inspect.signature(getattr(plainconv, name)).parameters
-    for argument in ("max_workspace", "allow_builtin"):
+    for argument in ("max_workspace", "allow_builtin", "precision"):
         assert (parameters[argument].kind, parameters[argument].default) == (inspect.Parameter.KEYWORD_ONLY, None)
 
 
 def test_lazy_layers_keep_them():
-    layer = plainconv.nn.LazyConv2d(4, 3, max_workspace=0, allow_builtin=True)
+    layer = plainconv.nn.LazyConv2d(4, 3, max_workspace=0, allow_builtin=True, precision="highest")
     layer(torch.randn(1, 2, 5, 5))
     assert type(layer) is plainconv.nn.Conv2d
-    assert (layer.max_workspace, layer.allow_builtin) == (0, True)
+    assert (layer.max_workspace, layer.allow_builtin, layer.precision) == (0, True, "highest")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +99,8 @@ def test_lazy_layers_keep_them():
         ({"max_workspace": 1.5}, TypeError, "max_workspace must be an int, a number of bytes, but got 1.5"),
         ({"max_workspace": True}, TypeError, "max_workspace must be an int, a number of bytes, but got True"),
         ({"allow_builtin": 1}, TypeError, "allow_builtin must be True or False, but got 1"),
+        ({"precision": "medium"}, ValueError, "precision must be 'highest' or 'high', but got 'medium'"),
+        ({"precision": 1}, ValueError, "precision must be 'highest' or 'high', but got 1"),
     ],
     ids=str,
 )
@@ -131,6 +140,34 @@ def test_builtin_serves_where_it_is_allowed(served):
     y = plainconv.conv2d(x, w, algorithm="builtin", allow_builtin=True)
     assert served[-1][0].algorithm.name == "builtin"
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w))
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize(
+    "text", ["n2 c64 o64 x28x28 k3x3 p1", "n1 c16 o16 x60 k3", "n1 c8 o8 x9x9x9 k3x3x3 p1", "n1 c1 o1 x900 k400 p200"]
+)
+def test_highest_lets_nothing_in_that_may_be_off_by_more_than_a_plain_sum(text, direction):
+    asked = request(ConvProblem.parse(text), direction, torch.float32, precision="highest")
+    for verdict in plans.ask(asked):
+        if verdict.cost is not None:
+            assert verdict.algorithm.error(asked) <= sum_error(asked)
+    high = [v.algorithm for v in plans.ask(replace(asked, precision="high")) if v.cost]
+    highest = [v.algorithm for v in plans.ask(asked) if v.cost]
+    assert set(highest) < set(high)
+    with pytest.raises(AlgorithmRefused, match=r"times that of a plain sum, and precision='highest' allows no more"):
+        plan(asked, "fft")
+
+
+def test_highest_makes_smaller_tiles(served):
+    """Of F(4,3) and F(2,3), with more of the digits."""
+    x, w = torch.randn(1, 64, 28, 28, dtype=torch.float64), torch.randn(64, 64, 3, 3, dtype=torch.float64)
+    exact = plainconv.conv2d(x, w, padding=1, algorithm="direct")
+    errors = [
+        (plainconv.conv2d(x.float(), w.float(), padding=1, precision=precision) - exact).norm() / exact.norm()
+        for precision in ("high", "highest")
+    ]
+    assert [plan.algorithm.name for plan, _ in served[1:]] == ["winograd", "winograd"]
+    assert errors[1] < errors[0] / 2
 
 
 @pytest.mark.parametrize("direction", list(Direction))
@@ -174,8 +211,9 @@ def test_what_builtin_refuses(text, words):
 
 def test_explain_knows_them():
     x, w = tensors("conv2d")
-    told = plainconv.explain(x, w, max_workspace=7, allow_builtin=True, direction="grad_weight")
-    assert (told.request.max_workspace, told.request.allow_builtin) == (7, True)
+    told = plainconv.explain(x, w, max_workspace=7, allow_builtin=True, precision="highest", direction="grad_weight")
+    assert limits(told.request) == (7, True, "highest")
+    assert str(told.request).endswith(", max_workspace=7, precision=highest")
     assert "serves only where it is allowed" in str(plainconv.explain(x, w))
     assert "serves only where it is allowed" not in str(told)
 
@@ -185,7 +223,7 @@ def test_explain_knows_them():
 
 def test_compiled_calls_and_their_gradients_carry_them(served):
     def step(x, w):
-        return plainconv.conv2d(x, w, max_workspace=1 << 16, allow_builtin=True)
+        return plainconv.conv2d(x, w, max_workspace=1 << 16, allow_builtin=True, precision="highest")
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for size in (6, 7):
@@ -193,7 +231,7 @@ def test_compiled_calls_and_their_gradients_carry_them(served):
         served.clear()
         compiled(x, w).sum().backward()
         assert len(served) == 3
-        assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}
+        assert {limits(request) for request in asked(served)} == {(1 << 16, True, "highest")}
 
 
 def test_a_compiled_call_follows_the_process(served):
@@ -206,8 +244,8 @@ def test_a_compiled_call_follows_the_process(served):
 
 
 def test_an_exported_program_keeps_them(served):
-    layer = plainconv.nn.Conv2d(2, 2, 3, max_workspace=1 << 16, allow_builtin=True)
+    layer = plainconv.nn.Conv2d(2, 2, 3, max_workspace=1 << 16, allow_builtin=True, precision="highest")
     x = torch.randn(1, 2, 6, 6)
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x))
-    assert {(request.max_workspace, request.allow_builtin) for request in asked(served)} == {(1 << 16, True)}
+    assert {limits(request) for request in asked(served)} == {(1 << 16, True, "highest")}

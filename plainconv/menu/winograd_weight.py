@@ -129,8 +129,11 @@ def _products(side: Side, places: int) -> int:
     return -(-side.out // places) * (places + side.kernel - 1)
 
 
-def _tiles(sides: tuple[Side, Side, Side]) -> Three:
+def _tiles(request: Request) -> Three:
     """The tile along all dimensions, chosen as along one."""
+    sides = folded(request.problem, False)
+    if request.precision == "highest":
+        return three(_tile(side, (2,)) for side in sides)
     taps = [side.kernel for side in sides if side.kernel > 1]
     choices = [(2, 4), (5,)] if len(taps) > 1 and set(taps) == {3} else [(2, 4)]
     # In three dimensions, large tiles along all of them would lose too many digits.
@@ -157,7 +160,7 @@ def _ways(request: Request) -> Iterator[Way]:
     problem, target = request.problem, cpu.Target.host()
     sides = folded(problem, False)
     size, threads = request.dtype.itemsize, max(request.threads, 1)
-    tile = depth, high, width = _tiles(sides)
+    tile = depth, high, width = _tiles(request)
     tiles = three(-(-side.out // m) for side, m in zip(sides, tile, strict=True))
     matrices = math.prod(m + side.kernel - 1 for side, m in zip(sides, tile, strict=True))
     lanes = engine.lanes_of_outputs(problem.group_out, size, target)
