@@ -326,9 +326,7 @@ def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Recor
     if sentence := algorithm.why_not(request):
         return Verdict(algorithm, None, sentence)
     if request.precision == "highest" and (ratio := algorithm.error(request) / sum_error(request)) > 1:
-        sentence = (
-            f"its error may be {ratio:.3g} times that of a plain sum, and precision='highest' allows no more"
-        )
+        sentence = f"its error may be {ratio:.3g} times that of a plain sum, and precision='highest' allows no more"
         return Verdict(algorithm, None, sentence)
     cost, threads = algorithm.cost(request), request.threads
     if threads > 1 and cost.seconds < SHORT_S:

@@ -1,4 +1,4 @@
-"""max_workspace, allow_builtin and precision: by call, by layer and for the process; they stay with a call's gradients."""
+"""max_workspace, allow_builtin, precision: by call, by layer and for the process; they stay with a call's gradients."""
 
 import inspect
 from dataclasses import replace

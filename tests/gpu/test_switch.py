@@ -34,6 +34,8 @@ def test_it_is_looked_at_in_every_call(asked):
             told.append(len(asked))
     assert asked == [False, True]
     assert told == [1, 1, 2, 2, 2, 2, 2, 2]
+    plainconv.conv2d(x, w, precision="highest")
+    assert asked[2:] == [False]
 
 
 def test_it_is_looked_at_for_gradients_and_weights_that_stay(asked):
