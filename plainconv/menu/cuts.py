@@ -59,7 +59,10 @@ FAR_STEP = 28.0  # a step of a tile that reads a wide strip, at least
 NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
-FAR_LINE = 150.0  # a line of such a weight, if it is turned
+FAR_LINE = 150.0  # a line of such a weight, if it is turned, ...
+SEEN = (
+    192.0  # ... unless a channel has fewer products: then the processor sees those of the next ones, and asks for all
+)
 SCATTER = 2.0  # a number of the result that lies apart from its neighbours
 WEAVE = 6.0  # a vector of the result, of which each phase has a part
 BYTES_PER_SECOND = 25e9  # of memory
@@ -328,7 +331,8 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             if work.turned and is_.places and work.taps > 1 and weight > FAR_WEIGHT and not (apart(axes) or is_.pairs):
                 # What a tile reads of each channel of a turned weight lies in a page of its own.
                 passes, lines = -(-scalars // tile.scalars), tile.scalars * work.taps * is_.size / ALIGNMENT
-                cycles += passes * is_.channels * lines * FAR_LINE
+                seen = min(tile.scalars * vectors * work.taps / SEEN, 1.0)
+                cycles += passes * is_.channels * lines * FAR_LINE * seen * seen
             if listed and strip_bytes > STRIP_BYTES:
                 cycles += read * max(work.group_in * request.dtype.itemsize, ALIGNMENT) / NEAR_BYTES
             # The weight arrives while the first of a block's tiles along the other factor is at work.
