@@ -67,8 +67,7 @@ MOST_SCALARS = 8  # of the registers of a product; each has its own address
 # Cycles, measured on one core with AVX-512; each of a vector, or of a vector in each matrix.
 CYCLES_PER_SECOND = 3.67e9
 PRODUCT = 1.06  # multiplied and added
-FAR_WEIGHT = 1.2  # with a weight that comes from the cache that cores share, once for each block
-FAR_PATCHES = 1.4  # with patches from there
+FAR_PATCHES = 1.4  # with patches from the cache that cores share
 FAR_BYTES = 1 << 20
 LEAST_SUMS = 8  # fewer wait for each other
 STEP = 0.5  # and of the product's loop
@@ -530,11 +529,9 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     tiles = seen.batch * math.prod(cut.tiles)
     weight = matrices * terms * out_tiles * cut.vectors * cut.lanes * size
     patches = _room(request, cut).patches * size
-    product = PRODUCT
-    if weight > FAR_BYTES and not cut.apart:  # Fourier transforms have more numbers, each with fewer products
-        product = FAR_PATCHES if cut.form.fourier else FAR_WEIGHT
-    if patches > FAR_BYTES:
-        product = FAR_PATCHES
+    # A block reads such a weight once, beside its products; Fourier transforms have few of those for each number.
+    far = patches > FAR_BYTES or (cut.form.fourier and weight > FAR_BYTES and not cut.apart)
+    product = FAR_PATCHES if far else PRODUCT
 
     def products(count: int) -> float:
         """Of so many tiles, for a tile of outputs and a matrix."""
@@ -549,8 +546,8 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
     cycles = seen.groups * out_tiles * (tiles // each * products(each) + products(tiles % each))
     cycles += seen.groups * tiles * (forth * in_vectors * cut.parts + back * outputs)
     if cut.apart or not request.packed:
-        far = 0.0 if cut.apart or weight <= FAR_BYTES else FAR_STORE
-        cycles += seen.groups * outputs * terms * (weigh + far)
+        stored = 0.0 if cut.apart or weight <= FAR_BYTES else FAR_STORE
+        cycles += seen.groups * outputs * terms * (weigh + stored)
     register = cut.lanes * size * 8
     cycles *= matrices * engine.vector_cycles(register, target)
     busy = -(-cut.tasks // cut.shares) / cut.tasks if cut.tasks else 1.0  # the share of one thread
