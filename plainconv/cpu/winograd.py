@@ -85,6 +85,7 @@ SIZES = (
     "w_group",
     "w_output",
     "w_channel",
+    "w_tap",
     "weight_at",  # the weight in the scratch, if it is made there
     "weight_group",
     "weight_tile",
@@ -107,6 +108,7 @@ class Shape:
     last      whether neighbouring channels of the result lie side by side
     scalars   x vectors: tiles (of the output) and vectors of output channels whose sums are in registers
     turned    whether channels have changed places in the weight
+    inside    whether its second dimension is innermost in it, and not its taps
     does      "weight": G w, a task for each vector of output channels; then "all" the rest, block by block.  Or
               "forth", a task for each row of tiles and vector of channels, and then "back", a task for each tile of
               output channels, which makes its weight itself, `held` vectors of input channels at a time
@@ -122,6 +124,7 @@ class Shape:
     scalars: int
     vectors: int
     turned: bool
+    inside: bool
     does: str
     held: int
     has_bias: bool
@@ -514,7 +517,8 @@ class Winograd:
         """
         e, of, shape = self.e, self.given, self.shape
         lanes, taps = shape.lanes, prod(shape.taps)
-        outputs = [e.least(vector * lanes + k, of["group_out"] - 1) * of["w_output"] for k in range(lanes)]
+        begin, left = vector * lanes, of["group_out"] - vector * lanes
+        outputs = [e.least(begin + k, of["group_out"] - 1) * of["w_output"] for k in range(lanes)]
         w = e.at(of["w"], group * of["w_group"])
         # Taps lie side by side; so do channels, unless they have changed places.
         chunk = 1 if shape.turned else lanes
@@ -529,17 +533,32 @@ class Winograd:
                 here = e.least(channels - k * chunk, chunk)
 
                 def square(n: Value, _: list[Value]) -> Sequence[Value]:
-                    mask = e.tail(here * taps - n * lanes)
-                    rows = [e.load(source, output + n * lanes, mask) for output in outputs]
+                    """Of all outputs: a vector of the taps of channels, or of the channels of a tap."""
+                    at, mask = n * lanes, e.tail(here * taps - n * lanes)
+                    if shape.inside:
+                        at, mask = n * of["w_tap"], e.tail(here)
+                    rows = [e.load(source, output + at, mask) for output in outputs]
+                    if shape.inside:
+                        for output in outputs:
+                            e.prefetch(e.at(source, output + at + lanes))
                     for i, value in enumerate(e.transpose(rows)):
-                        e.store(value, self.across, n * (lanes * lanes) + i * lanes)
+                        place = n + i * taps if shape.inside else n * lanes + i
+                        e.store(value, self.across, place * lanes)
+                    return []
+
+                def line(n: Value, _: list[Value]) -> Sequence[Value]:
+                    """A tap of a channel, whose outputs lie side by side."""
+                    e.store(e.load(source, begin + n * of["w_tap"], e.tail(left)), self.across, n * lanes)
                     return []
 
                 def each(c: Value, _: list[Value]) -> Sequence[Value]:
                     self.spread(e.at(self.across, c * (taps * lanes)), e.at(slabs, (k * chunk + c) * self.width))
                     return []
 
-                e.loop(-(-chunk * taps // lanes), [], square)
+                if shape.inside:
+                    e.loop(e.number(taps), [], line if shape.turned else square)
+                else:
+                    e.loop(-(-chunk * taps // lanes), [], square)
                 e.loop(here, [], each)
                 return []
 

@@ -304,14 +304,17 @@ def _room(request: Request, cut: Way) -> Room:
 
 
 def workspace(request: Request, cut: Way) -> tuple[int, int, int, int]:
-    """Bytes of the transformed weight, of patches, of the threads' own; and of a weight whose taps are put in order."""
+    """Bytes of the transformed weight, of patches, of the threads' own; and of a weight whose taps are put in order.
+
+    Fourier transforms want them so, of which there are many.
+    """
     seen, room = work(request), _room(request, cut)
     patches = room.patches * (seen.groups if cut.apart else cut.shares)
     elements = (
         seen.groups * room.weight_group,
         patches,
         max(request.threads, 1) * room.share,
-        math.prod(request.problem.weight_shape) if request.channels_last else 0,
+        math.prod(request.problem.weight_shape) if request.channels_last and cut.form.fourier else 0,
     )
     weight, patches, own, ordered = (padded(count * request.dtype.itemsize, ALIGNMENT) for count in elements)
     return (0, patches, own, 0) if request.packed else (weight, patches, own, ordered)
@@ -340,8 +343,11 @@ class Prepared:
 
 
 @lru_cache(1024)
-def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
-    """The kernels, the tables and the sizes of a request whose input has these strides."""
+def prepare(request: Request, cut: Way, x_strides: tuple[int, ...], inside: bool) -> Prepared:
+    """The kernels, the tables and the sizes of a request whose input has these strides.
+
+    inside: whether the second dimension of the weight is innermost in it, and not its taps.
+    """
     seen, room, target, form = work(request), _room(request, cut), cpu.Target.host(), cut.form
     sides = depth, high, width = sides_of(seen)
     element = STORED[request.dtype]
@@ -362,6 +368,9 @@ def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
     blocks = -(-rows // cut.rows) * col_blocks if cut.rows else 0
     out_tiles = -(-seen.group_out // (cut.vectors * cut.lanes))
     in_vectors = -(-seen.group_in // cut.lanes)
+    innermost = seen.group_out if seen.turned else seen.group_in  # if it is channels
+    w_first, w_second, w_tap = innermost * seen.taps, *((1, innermost) if inside else (seen.taps, 1))
+    w_output, w_channel = (w_second, w_first) if seen.turned else (w_first, w_second)
     sizes = {
         "share": room.share,
         "strip_at": room.strip,
@@ -403,8 +412,9 @@ def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
         "made_length": room.made_length,
         "patch": room.patch,
         "w_group": seen.group_in * seen.group_out * seen.taps,
-        "w_output": seen.taps * (1 if seen.turned else seen.group_in),
-        "w_channel": seen.taps * (seen.group_out if seen.turned else 1),
+        "w_output": w_output,
+        "w_channel": w_channel,
+        "w_tap": w_tap,
         "weight_at": room.weight,
         "weight_group": room.weight_group,
         "weight_tile": room.weight_tile,
@@ -428,6 +438,7 @@ def prepare(request: Request, cut: Way, x_strides: tuple[int, ...]) -> Prepared:
             scalars=cut.scalars if makes else 1,
             vectors=cut.vectors if makes or weighs else 1,
             turned=seen.turned and weighs,
+            inside=inside and weighs,
             does=does,
             held=cut.held if does == "back" else 0,
             has_bias=request.has_bias and makes,
@@ -575,16 +586,18 @@ def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
 
 def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = None) -> Bound:
     """The same, for a request that is cut already."""
-    ready, threads = prepare(request, cut, tensors.first.stride()), request.threads
+    threads, w = request.threads, tensors.second
+    inside = not (w.is_contiguous() or cut.form.fourier) and w.movedim(1, -1).is_contiguous()
+    ready = prepare(request, cut, tensors.first.stride(), inside)
     weight_bytes, patches_bytes, own_bytes, ordered_bytes = workspace(request, cut)
     done, kept, ordered = 0, None, None
     if made is not None and cut.apart:
-        ordered = _ordered_once(tensors.second, made)
+        ordered = w if inside else _ordered_once(w, made)
     elif made is not None:
         done, transform = 1, ready.steps[0]
 
         def fill(room: Tensor) -> None:
-            w = tensors.second.contiguous()
+            w = tensors.second if inside else tensors.second.contiguous()
             given = (0, w.data_ptr(), room.data_ptr(), 0, 0, 0, 0, 0, transform.settled.data_ptr())
             launch_all([(transform.kernel, given, transform.shares, False)], threads)
 
@@ -597,7 +610,7 @@ def bind_cut(request: Request, cut: Way, tensors: Tensors, made: Made | None = N
             w = ordered
         elif ordered_bytes and not w.is_contiguous():
             w = carve(workspace[weight_bytes + patches_bytes + own_bytes :], [Buffer(w.shape, w.dtype)])[0].copy_(w)
-        elif kept is None:
+        elif kept is None and not inside:
             w = w.contiguous()
         bias = None if bias is None else bias.contiguous()
         patches = workspace.data_ptr() + weight_bytes

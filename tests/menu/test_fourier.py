@@ -213,7 +213,7 @@ def test_a_new_size_compiles_little(last, monkeypatch):
     for n, h, w in [(1, 56, 56), (2, 57, 160), (3, 77, 1001), (4, 200, 64), (8, 130, 131)]:
         asked = asked_for(f"n{n} c64 o64 x{h}x{w} k7x7 p3", channels_last=last)
         x = torch.empty(asked.problem.input_shape, device="meta")
-        winograd.prepare.__wrapped__(asked, fourier.way(asked), (channels_inside(x) if last else x).stride())
+        winograd.prepare.__wrapped__(asked, fourier.way(asked), (channels_inside(x) if last else x).stride(), False)
     assert len(texts) <= 2 * len(forms_of(asked)) == 8
 
 
@@ -226,7 +226,7 @@ def test_the_sums_stay_in_registers(text, dtype, target, as_if, monkeypatch):
     monkeypatch.setattr(winograd.cpu, "compile", lambda text, target: texts.append(text))
     asked = asked_for(text, dtype)
     cut = fourier.way(asked)
-    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride())
+    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride(), False)
     code = cpu.assembly(texts[-1], target)
     inner = [block for block in assembly.blocks(code) if assembly.products(block) == cut.scalars * cut.vectors]
     assert inner, "the step of a product is one block"

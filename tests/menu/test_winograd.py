@@ -30,8 +30,9 @@ import plainconv
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import transforms
 from plainconv.cpu import winograd as kernels
-from plainconv.menu import winograd
+from plainconv.menu import fft, winograd
 from plainconv.menu.base import Tensors
+from plainconv.menu.engine import padded
 from plainconv.problem import ACTIVATIONS, PADDING_MODES, ConvProblem, Direction
 
 ALGORITHM = winograd.ALGORITHM
@@ -258,7 +259,7 @@ def test_a_new_size_compiles_nothing(last, monkeypatch):
         x = torch.empty(asked.problem.input_shape, device="meta")
         cut = winograd.way(asked)
         tiles.add(cut.form.tile)
-        winograd.prepare.__wrapped__(asked, cut, (channels_inside(x) if last else x).stride())
+        winograd.prepare.__wrapped__(asked, cut, (channels_inside(x) if last else x).stride(), last)
     assert tiles == {(1, 4, 4), (1, 5, 5)}
     assert len(texts) == 2 * len(tiles)
 
@@ -272,7 +273,7 @@ def test_the_sums_stay_in_registers(text, target, monkeypatch):
     forget()
     asked = asked_for(text)
     cut = winograd.way(asked)
-    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride())
+    winograd.prepare.__wrapped__(asked, cut, torch.empty(asked.problem.input_shape, device="meta").stride(), False)
     forget()
     code = cpu.assembly(texts[-1], target)
     blocks = [block for block in assembly.blocks(code) if assembly.products(block) >= cut.scalars * cut.vectors]
@@ -402,15 +403,31 @@ def test_the_slab_of_the_kernel_is_that_of_the_menu():
         for vectors in (1, 2, 3, 4):
             asked = asked_for(WAYS["small"])
             cut = winograd.way(asked)._replace(lanes=lanes, vectors=vectors)
-            form, forward = cut.form, (False, "all", 0, False, False, None)
+            form, forward = cut.form, (False, False, "all", 0, False, False, None)
             shape = kernels.Shape("float", lanes, form.tile, (1, 3, 3), form.along, "rows", False, 1, vectors, *forward)
             assert shape.slab == winograd._slab(lanes, vectors)
 
 
-def test_a_weight_in_channels_last_is_put_in_order_in_the_workspace():
-    asked = request(ConvProblem.parse("n1 c64 o64 x40x40 k3x3 p1"), Direction.FORWARD, torch.float32)
-    last = dataclasses.replace(asked, channels_last=True)
-    size = math.prod(asked.problem.weight_shape) * 4
-    costs = [winograd.ALGORITHM.cost(each).workspace for each in (asked, last)]
-    assert costs[1] - costs[0] >= size
-    check(winograd.ALGORITHM, last, reals, channels_last)
+@both_directions
+@pytest.mark.parametrize(
+    "way", ["few tiles, many channels", "groups", "one input channel", "stride 2, four taps", "3-D"]
+)
+def test_a_weight_in_channels_last_is_read_where_it_lies(way, direction):
+    asked = asked_for(WAYS[way], direction=direction, channels_last=True)
+    first, weight, *_ = given(asked, reals)
+    first, last = channels_last(first), channels_last(weight)
+    assert torch.equal(*(result_of(ALGORITHM, asked, first, each) for each in (weight, last)))
+
+
+def test_a_weight_in_channels_last_takes_no_more_memory():
+    """It is put in order for Fourier transforms alone, and then in the workspace."""
+    for algorithm, text in (
+        (winograd.ALGORITHM, "n1 c64 o64 x40x40 k3x3 p1"),
+        (fft.ALGORITHM, "n1 c8 o9 x40x40 k7x7 p3"),
+    ):
+        asked = request(ConvProblem.parse(text), Direction.FORWARD, torch.float32)
+        last = dataclasses.replace(asked, channels_last=True)
+        size = math.prod(asked.problem.weight_shape) * 4
+        costs = [algorithm.cost(each).workspace for each in (asked, last)]
+        assert costs[1] - costs[0] == (padded(size, 64) if algorithm is fft.ALGORITHM else 0)
+        check(algorithm, last, reals, channels_last)
