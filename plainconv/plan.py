@@ -71,8 +71,7 @@ class Verdict:
         return self.cost.seconds if self.cost else float("inf")
 
 
-KEPT = 2 << 20  # bytes of scratch memory that a thread keeps from call to call
-_kept = threading.local()
+_kept = threading.local()  # scratch memory of less than LARGE bytes, from call to call
 
 
 def _take(size: int) -> Tensor:
@@ -108,7 +107,7 @@ class Plan:
         elif algorithm.bind:
             run = algorithm.bind(request, tensors)
         device = tensors.first.device
-        kept = size <= KEPT and device.type == "cpu"
+        kept = size < LARGE and device.type == "cpu"
         large = size >= LARGE and device.type == "cpu"
         unfinished = not algorithm.fuses and finish_seconds(request) > 0
 

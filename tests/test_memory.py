@@ -1,6 +1,7 @@
 """Memory of large results: lent, given back, lent again, and bounded."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import subprocess
@@ -9,10 +10,15 @@ import threading
 
 import pytest
 import torch
+from checks import request
 
 import plainconv
 from plainconv import memory
 from plainconv.memory import LARGE, lent
+from plainconv.menu import ALGORITHMS
+from plainconv.menu.base import Cost, Tensors
+from plainconv.plan import Plan
+from plainconv.problem import ConvProblem, Direction
 
 FLOATS = LARGE // 4
 
@@ -47,6 +53,32 @@ def test_memory_is_lent_again_when_nothing_uses_it_any_more():
 def test_memory_of_any_size_is_lent_again(count):
     first = lent((count,), (1,), torch.float32).data_ptr()
     assert lent((count,), (1,), torch.float32).data_ptr() == first
+
+
+def test_what_was_given_back_last_is_lent_first():
+    """The caches still hold it."""
+    tensors = [lent((FLOATS,), (1,), torch.float32) for _ in range(3)]
+    last = tensors[1].data_ptr()
+    del tensors[2], tensors[0], tensors[0]
+    assert lent((FLOATS,), (1,), torch.float32).data_ptr() == last
+
+
+@pytest.mark.parametrize("size", [LARGE - 64, LARGE, 3 * LARGE // 2])
+def test_scratch_of_any_size_is_the_same_in_the_next_call(size):
+    """Else each call would find it in other places, which no cache holds."""
+    seen = []
+
+    def run(request, tensors, out, workspace):
+        seen.append((workspace.data_ptr(), workspace.numel()))
+
+    problem = ConvProblem.parse("n1 c1 o1 x4 k1")
+    algorithm = dataclasses.replace(ALGORITHMS[0], run=run, bind=None, pack=None, fuses=True)
+    chosen = Plan(request(problem, Direction.FORWARD, torch.float32), algorithm, Cost(1, 1, size, 1.0))
+    x = torch.zeros(1, 1, 4)
+    for _ in range(2):
+        chosen(Tensors(x, x, None, None), x)
+    assert seen[0][0] == seen[1][0]
+    assert min(numel for _, numel in seen) >= size
 
 
 def test_a_block_is_not_lent_to_results_much_smaller_than_it_or_larger():
