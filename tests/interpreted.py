@@ -6,6 +6,7 @@ its own: `interpreted` of tests/gpu/conftest.py calls it there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -66,10 +67,14 @@ def check(
     assert algorithm.why_not(request) is None, algorithm.why_not(request)
     if blind:
         algorithm = checks.dropping_a_tap(algorithm)
-    table, places, busy = launch.IMPLICIT, launch.PLACES, launch.BUSY
-    if small:
-        table, places, busy = table[:1], dict.fromkeys(places, 16), 24
-    with mock.patch.multiple(launch, IMPLICIT=table, PLACES=places, BUSY=busy):
+    tables = {
+        "IMPLICIT": launch.IMPLICIT[:1],
+        "PLACES": dict.fromkeys(launch.PLACES, 16),
+        "BUSY": 24,
+        "APART": (launch.Rolling(4, 16),),
+        "BESIDE": (launch.Rolling(8, 4),),
+    }
+    with mock.patch.multiple(launch, **tables) if small else contextlib.nullcontext():
         checks.check(algorithm, request, values, layout)
 
 

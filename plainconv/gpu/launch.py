@@ -106,14 +106,7 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
     from plainconv.gpu.kernels.implicit import implicit as kernel
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
-    inner, outer = problem.group_in, problem.group_out
-    end, size, places = _ends(problem), problem.out, problem.out
-    period, phases = (1,) * problem.dims, 1
-    if adjoint:
-        inner, outer, end, size = outer, inner, problem.out, problem.spatial
-        period = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
-        phases = math.prod(map(min, size, problem.stride))
-        places = tuple(map(tiles, size, problem.stride))  # of the first phase, which has the most
+    inner, outer, end, size, period, places, phases = _map(request)
     blocks, (rows, most), widest = blocks_of(outer), tile_of(request), VECTOR // read.dtype.itemsize
     depth = enough(inner, most)
     programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
@@ -157,6 +150,97 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             "DEPTH": depth,
             "SHARE": SHARE,
             **blocks.options,
+        },
+    )
+
+
+class Rolling(NamedTuple):
+    """How many outputs and places a row of a tile has."""
+
+    outputs: int
+    places: int
+
+
+# The first that holds the channels, or the last: those that lie apart from each other, and neighbours.
+APART = (Rolling(1, 256), Rolling(4, 128), Rolling(16, 32))
+BESIDE = (Rolling(4, 128), Rolling(16, 32), Rolling(64, 8))
+ROWS = 4  # of a tile, where there are rows
+ROLLING = Blocks(0, 4, 3)
+
+
+def rolling_of(request: Request, outputs: int) -> Rolling:
+    """The tile for so many outputs."""
+    table = BESIDE if request.channels_last else APART
+    row = next((row for row in table if outputs <= row.outputs), table[-1])
+    return row._replace(places=max(row.places * 4 // max(request.dtype.itemsize, 4), 1))
+
+
+def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...]) -> Launch:
+    """FORWARD or GRAD_INPUT (of padding with zeros) without matrix units, in rows that share what they load.
+
+    read, weight: lying as in the calls; made: the strides of the result.  Call it with what is read, the weight, bias
+    and residual or None, and the result.
+    """
+    from plainconv.gpu.kernels.rolling import rolling as kernel
+
+    problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
+    inner, outer, end, size, period, places, phases = _map(request)
+    widest = VECTOR // read.dtype.itemsize
+    read_last, made_last = _channels_last(read, request), request.channels_last
+    each = outer if made_last and problem.groups > 1 else 0
+    groups = 1 if each else problem.groups
+    tiled = outer * problem.groups // groups
+    reads = _strides(read.shape, read.stride())
+    makes = _strides(problem.shape_of(request.direction.makes), made)
+    read_unit = math.gcd(widest, *reads) if read_last and each == inner == 1 else 1
+    made_unit = math.gcd(widest, tiled, *makes) if made_last else 1
+
+    stride, dilation, step = (three(sides, 1)[1] for sides in (problem.stride, problem.dilation, period))
+    along, between = (1, dilation * step // stride) if adjoint else (stride, dilation)
+    shared = math.gcd(along, between)
+    gap, turn = between // shared, along // shared
+    rows, tile = (ROWS if problem.dims > 1 else 1), rolling_of(request, tiled)
+    deep, high, wide = three(places, 1)
+    programs = tiles(problem.batch * deep * tiles(high, gap * rows) * gap * wide, tile.places)
+    weighs = weight.stride()
+    return Launch(
+        kernel,
+        programs * tiles(tiled, tile.outputs) * groups * phases,
+        (
+            problem.batch,
+            tiled // made_unit,
+            groups,
+            *three((lo for lo, _ in problem.padding), 0),
+            *three(end, 1),
+            *three(size, 1),
+            read.stride(1),
+            *(stride // read_unit for stride in reads),
+            made[1],
+            *(stride // made_unit for stride in makes),
+            weighs[0],
+            weighs[1],
+            *three(weighs[2:], 0),
+        ),
+        {
+            "KERNEL": three(problem.kernel, 1),
+            "STRIDE": three(problem.stride, 1),
+            "DILATION": three(problem.dilation, 1),
+            "PERIOD": three(period, 1),
+            "MODE": problem.padding_mode,
+            "ADJOINT": adjoint,
+            "READ_LAST": read_last,
+            "MADE_LAST": made_last,
+            "READ_UNIT": read_unit,
+            "MADE_UNIT": made_unit,
+            "INNER": inner,
+            "EACH": each,
+            "ACTIVATION": request.activation,
+            "PLACES": tile.places,
+            "OUTPUTS": tile.outputs,
+            "ROWS": rows,
+            "GAP": gap,
+            "TURN": turn,
+            **ROLLING.options,
         },
     )
 
@@ -248,6 +332,29 @@ def three(sides: Iterable[int], plain: int) -> tuple[int, ...]:
     """Depth, rows and width, of as many dimensions as there are."""
     given = tuple(sides)
     return (plain,) * (3 - len(given)) + given
+
+
+class Map(NamedTuple):
+    """What FORWARD and GRAD_INPUT have alike."""
+
+    inner: int  # channels of a group that are summed over
+    outer: int  # those that are made
+    end: tuple[int, ...]  # behind the last elements that are left, of what is read
+    size: tuple[int, ...]  # of what is made
+    period: tuple[int, ...]  # from one tap of a phase to the next
+    places: tuple[int, ...]  # of the first phase, which has the most
+    phases: int
+
+
+def _map(request: Request) -> Map:
+    problem = request.problem
+    if request.direction is Direction.FORWARD:
+        ones = (1,) * problem.dims
+        return Map(problem.group_in, problem.group_out, _ends(problem), problem.out, ones, problem.out, 1)
+    period = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+    places = tuple(map(tiles, problem.spatial, problem.stride))
+    phases = math.prod(map(min, problem.spatial, problem.stride))
+    return Map(problem.group_out, problem.group_in, problem.out, problem.spatial, period, places, phases)
 
 
 def _ends(problem: ConvProblem) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ input rows: 14 output rows of a 3x3 kernel read 16 rows, not 42.  So the taps of
 9 at a time), and each input row is loaded once for each kx and added wherever it is needed.
 
 In channels_last the lanes are neighbouring channels instead, and a loaded pixel serves all the outputs of a tile of
-rows and pixels that it lies under: plainconv/cpu/channels.py.
+rows and pixels that it lies under: plainconv/cpu/channels.py.  On a GPU rows are shared,
+too: plainconv/menu/rolling.py.
 
 Cost: n * o * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace is
 room for a weight that is not contiguous; in channels_last, for a packed one of each thread.
@@ -18,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, lanes, pixels, taps
+from plainconv.menu import channels, lanes, pixels, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
@@ -35,10 +36,14 @@ def _why_not(request: Request) -> str | None:
         summed, word = problem.group_out, "output"
     if summed != 1:
         return f"it is for one {word} channel a group, and here are {summed}"
+    if request.device == "cuda":
+        return rolling.why_not(request)
     return channels.why_not(request) if request.channels_last else lanes.why_not(request)
 
 
 def _cost(request: Request) -> Cost:
+    if request.device == "cuda":
+        return rolling.cost(request)
     if request.direction is Direction.GRAD_WEIGHT:
         return pixels.cost(request) if request.channels_last else taps.cost(request)
     return channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
@@ -49,6 +54,8 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
+    if request.device == "cuda":
+        return rolling.bind(request, tensors)
     if request.direction is Direction.GRAD_WEIGHT:
         return pixels.bind(request, tensors) if request.channels_last else taps.bind(request, tensors)
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)

@@ -8,7 +8,8 @@ output channels of the tile, and each weight, broadcast to all lanes, serves all
 taps along the rows cost 9 loads and 9 weights for 63 multiplications.
 
 In channels_last the lanes are neighbouring output channels instead, of one group or of several, and a loaded input
-channel serves all the outputs of a tile of rows and pixels that it lies under: plainconv/cpu/channels.py.
+channel serves all the outputs of a tile of rows and pixels that it lies under: plainconv/cpu/channels.py.  On a GPU
+lanes are places or channels, and rows stay in registers: plainconv/menu/rolling.py.
 
 Cost: n * o * c/g * taps * out multiplies, the width rounded up to lanes, the rows up to those of a tile.  The workspace
 is room for a weight that is not contiguous, for the sums of GRAD_WEIGHT, or for the gradient of a border (see fold.py).
@@ -19,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, lanes, taps
+from plainconv.menu import channels, lanes, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Direction, Request
@@ -32,7 +33,10 @@ def _tile(request: Request, target: Target, sides: lanes.Sides) -> lanes.Tile:
 
 
 def _why_not(request: Request) -> str | None:
-    sentence = channels.why_not_groups(request) if request.channels_last else lanes.why_not(request)
+    if request.device == "cuda":
+        sentence = rolling.why_not(request) or rolling.too_many(request)
+    else:
+        sentence = channels.why_not_groups(request) if request.channels_last else lanes.why_not(request)
     problem = request.problem
     if sentence is None and problem.groups > 1 and problem.group_in == problem.group_out == 1:
         return "with one channel a group its kernel is the one of depthwise; use algorithm='depthwise'"
@@ -40,6 +44,8 @@ def _why_not(request: Request) -> str | None:
 
 
 def _cost(request: Request) -> Cost:
+    if request.device == "cuda":
+        return rolling.cost(request)
     if request.direction is Direction.GRAD_WEIGHT:
         return taps.cost(request)
     return channels.cost(request) if request.channels_last else lanes.cost(request, _tile)
@@ -50,6 +56,8 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _bind(request: Request, tensors: Tensors) -> Bound:
+    if request.device == "cuda":
+        return rolling.bind(request, tensors)
     if request.direction is Direction.GRAD_WEIGHT:
         return taps.bind(request, tensors)
     if request.channels_last:

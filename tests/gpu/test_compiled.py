@@ -6,8 +6,9 @@ from ahead import MATRIX_UNITS, SHARED, asked_for, compiled
 from interpreted import asked
 
 from plainconv.gpu import launch
+from plainconv.menu import rolling
 from plainconv.menu.base import compute_dtype
-from plainconv.problem import FORMATS, Direction
+from plainconv.problem import FORMATS, ConvProblem, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
 
@@ -29,7 +30,7 @@ QUICK = {("bfloat16", 90), ("float32 as TF32", 80)}
 
 
 def launched(text, direction, dtype, last, tf32=False):
-    """The launch of an implicit matrix product, and its tensors."""
+    """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few."""
     weighs = direction is Direction.GRAD_WEIGHT
     request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32)
     lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
@@ -39,6 +40,8 @@ def launched(text, direction, dtype, last, tf32=False):
     if weighs:
         return launch.weights(request, x, y), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    if min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS:
+        return launch.rolling(request, read, w, made.stride()), (read, w, w, None, made)
     return launch.implicit(request, read, made.stride()), (read, w, w, None, made)
 
 
@@ -74,13 +77,48 @@ def test_neighbouring_channels_are_moved_at_once():
     assert "st.global.v4.b32" in told.ptx
 
 
+LAYERS = (
+    "n8 c64 o64 x28x28 k3x3 p1 g64",
+    "n8 c64 o64 x28x28 k7x7 s2 p3 g64",
+    "n8 c3 o3 x64x64 k3x3 p1",
+    "n8 c3 o64 x64x64 k7x7 s2 p3",
+    "n8 c64 o2 x64x64 k5x5 p2",
+    "n8 c64 o64 x28x28 k3x3 p1 g16",
+    "n8 c64 o64 x1000 k4 p3 g64",
+)
+
+
+@pytest.mark.parametrize("text", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, marks=() if (name, capability) == ("bfloat16", 90) else pytest.mark.slow)
+        for name in TYPES
+        for capability in SHARED
+        if name != "float32 as TF32"
+    ],
+)
+def test_few_channels_spill_nothing(text, name, capability):
+    for direction in (Direction.FORWARD, Direction.GRAD_INPUT):
+        for last in (False, True)[: ConvProblem.parse(text).dims]:
+            told = compiled(*launched(text, direction, TYPES[name][0], last), capability)
+            assert told.spilled == 0
+            assert told.shared <= SHARED[capability]
+
+
+def test_neighbouring_depthwise_channels_are_moved_at_once():
+    told = compiled(*launched(LAYERS[0], Direction.FORWARD, torch.float32, True), 90)
+    assert "ld.global.v4.b32" in told.ptx
+    assert "st.global.v4.b32" in told.ptx
+
+
 SIZES = (
-    "n1 c8 o16 x9x7 k3x3 s2 p1",
-    "n16 c8 o16 x32x64 k3x3 s2 p1",
-    "n3 c8 o16 x2x1 k3x3 s2 p1",
-    "n1 c8 o16 x1x1 k3x3 s2 p16",
-    "n2 c8 o16 x50000x50000 k3x3 s2 p0",
-    "n5 c8 o16 x33x31 k3x3 s2 p2:1x1:16",
+    "n1 c16 o16 x9x7 k3x3 s2 p1",
+    "n16 c16 o16 x32x64 k3x3 s2 p1",
+    "n3 c16 o16 x2x1 k3x3 s2 p1",
+    "n1 c16 o16 x1x1 k3x3 s2 p16",
+    "n2 c16 o16 x50000x50000 k3x3 s2 p0",
+    "n5 c16 o16 x33x31 k3x3 s2 p2:1x1:16",
 )
 
 
@@ -91,6 +129,7 @@ def test_a_new_image_size_compiles_nothing(direction, last):
     launches = [launched(text, direction, torch.bfloat16, last) for text in SIZES]
     assert any(number >> 31 > 0 for call, _ in launches for number in call.numbers)
     assert len(asked_for(launches)) == 1
+    assert len(asked_for([launched(f"{text} g16", direction, torch.bfloat16, last) for text in SIZES])) == 1
     other = launched(SIZES[0].replace("k3x3", "k3x2"), direction, torch.bfloat16, last)
     assert len(asked_for([*launches, other])) == 2
 

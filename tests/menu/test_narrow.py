@@ -321,7 +321,7 @@ def test_what_is_refused_is_said(module):
     for direction, dtype, more, words in [
         (Direction.FORWARD, torch.int32, {}, "int32"),
         (Direction.FORWARD, torch.float32, {"channels_last": True}, "channels_last"),
-        (Direction.FORWARD, torch.float32, {"device": "cuda"}, "another device"),
+        (Direction.FORWARD, torch.float32, {"device": "mps"}, "another device"),
     ]:
         assert words in module.ALGORITHM.why_not(request(small, direction, dtype, **more))
     gaps = request(ConvProblem.parse("n1 c2 o2 x8x8 k2x2 s3 g2"), Direction.GRAD_INPUT, torch.float32)

@@ -18,22 +18,12 @@ The tile lies as the result does, so that neighbouring threads store neighbours:
 [n, m].  Programs are numbered so that those that run together share tiles of both factors in the second-level cache.
 """
 
-import triton
 import triton.language as tl
 
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import offset_of, place_of
-
-
-@triton.jit
-def _phase(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, PERIOD: tl.constexpr):
-    """Of GRAD_INPUT, along a dimension: the first tap, how many there are, where that reads for u = 0, and places."""
-    first = KERNEL
-    for t in range(min(PERIOD, KERNEL)):
-        first = tl.where((r + low - t * DILATION) % STRIDE == 0, t, first)
-    return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)
+from plainconv.gpu.kernels.places import offset_of, phase_of, place_of
 
 
 @kernel
@@ -123,9 +113,9 @@ def implicit(
     if ADJOINT:
         phase = which // groups
         r_d, r_h, r_w = phase // phases_w // phases_h, phase // phases_w % phases_h, phase % phases_w
-        first_d, taps_d, from_d, places_d = _phase(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
-        first_h, taps_h, from_h, places_h = _phase(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
-        first_w, taps_w, from_w, places_w = _phase(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
+        first_d, taps_d, from_d, places_d = phase_of(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
+        first_h, taps_h, from_h, places_h = phase_of(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
+        first_w, taps_w, from_w, places_w = phase_of(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
 
     # -- its places and channels -------------------------------------------------------------------------------------
     m = row * PLACES + tl.arange(0, PLACES)

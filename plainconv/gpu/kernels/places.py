@@ -1,4 +1,4 @@
-"""Which image and place a number stands for, and where that lies in memory."""
+"""Which image and place a number stands for, what a phase of a stride has, and where things lie in memory."""
 
 import triton
 import triton.language as tl
@@ -15,3 +15,12 @@ def offset_of(i, d, h, w, strides, UNIT: tl.constexpr):
     """Of a place in memory, in 64 bits; strides of image, depth, rows and width, in units."""
     i, d, h, w = i.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     return (i * strides[0] + d * strides[1] + h * strides[2] + w * strides[3]) * UNIT
+
+
+@triton.jit
+def phase_of(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, PERIOD: tl.constexpr):
+    """Of GRAD_INPUT, along a dimension: the first tap, how many there are, where that reads for u = 0, and places."""
+    first = KERNEL
+    for t in range(min(PERIOD, KERNEL)):
+        first = tl.where((r + low - t * DILATION) % STRIDE == 0, t, first)
+    return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)

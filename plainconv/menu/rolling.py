@@ -1,0 +1,69 @@
+"""Rolling rows: what `narrow` and `depthwise` are on a GPU, where few channels leave matrix units nothing to do.
+
+    y[o, p]  =  sum over t, c  of  x[c, p meets t] * w[o, c, t]
+
+The kernel reads all tensors as they lie, takes care of borders and strides itself, and keeps rows in registers while
+taps pass over them: plainconv/gpu/kernels/rolling.py.  The gradient for the input is the same, in phases of the stride.
+
+Cost: n * o * c/g * taps * out multiplies, outputs rounded up to those of a tile, and each tensor moved once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from plainconv.gpu import launch
+from plainconv.menu import implicit
+from plainconv.menu.base import Bound, Cost, Tensors, machine, moved_bytes
+from plainconv.menu.engine import padded
+from plainconv.problem import FORMATS, Direction, Request
+
+MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units win
+SPEED = 2.0  # products without them, beside those of float32 in matrices
+
+
+def why_not(request: Request) -> str | None:
+    """The sentence for what the kernel does not do."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        return "on a GPU it has no kernel for the gradient for a weight"
+    return implicit.why_not(request)
+
+
+def too_many(request: Request) -> str | None:
+    """The sentence for groups that have many channels."""
+    fewest = min(request.problem.group_in, request.problem.group_out)
+    if fewest > MOST_CHANNELS:
+        return f"on a GPU it is for at most {MOST_CHANNELS} input or output channels a group, and here are {fewest}"
+    return None
+
+
+def cost(request: Request) -> Cost:
+    """Outputs rounded up to those of a tile."""
+    problem = request.problem
+    inner, outer, places = problem.group_in, problem.group_out, problem.out
+    if request.direction is Direction.GRAD_INPUT:
+        inner, outer = outer, inner
+    made = problem.groups * outer
+    if not request.channels_last:
+        made = problem.groups * padded(outer, launch.rolling_of(request, outer).outputs)
+    multiplies = problem.batch * math.prod(places) * made * inner * problem.taps
+    speeds, moved = machine(request), moved_bytes(request)
+    slow = 2.0 if request.dtype.itemsize == 8 else 1.0
+    seconds = max(multiplies * slow / (speeds.multiplies * SPEED), moved / speeds.bytes)
+    return Cost(multiplies, moved, 0, speeds.call + seconds)
+
+
+def bind(request: Request, tensors: Tensors) -> Bound:
+    """The call that fills a result, for tensors that lie in memory as these."""
+    shape = request.problem.shape_of(request.direction.makes)
+    lies = FORMATS[len(shape)] if request.channels_last else torch.contiguous_format
+    strides = torch.empty(shape, dtype=request.dtype, device="meta", memory_format=lies).stride()
+    fill = launch.rolling(request, tensors.first, tensors.second, strides)
+
+    def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
+        fill(*tensors, out)
+
+    return run

@@ -1,0 +1,94 @@
+"""narrow and depthwise on a GPU, in the interpreter: every border, stride, format and type, and what is fused."""
+
+import pytest
+import torch
+from checks import ACTIVATIONS, CASES, channels_inside, channels_last, reals, spread
+from interpreted import asked, check, check_guarded, far
+
+from plainconv.menu.base import FLOATS
+from plainconv.problem import ConvProblem, Direction
+
+MAPS = (Direction.FORWARD, Direction.GRAD_INPUT)
+directions = pytest.mark.parametrize("direction", MAPS, ids=lambda direction: direction.value)
+formats = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+LAYOUTS = {False: None, True: channels_last}
+
+
+def name(problem: ConvProblem, direction: Direction) -> str:
+    summed = problem.group_out if direction is Direction.GRAD_INPUT else problem.group_in
+    return "depthwise" if summed == 1 and problem.groups > 1 else "narrow"
+
+
+def check_both(interpreted, text, direction, *rest, last=False, small=False, **more):
+    request = asked(text, direction, channels_last=last, **more)
+    interpreted(check, name(request.problem, direction), request, *rest, layout=LAYOUTS[last], small=small)
+
+
+MORE = ("n2 c6 o3 x9x8 k4x3 s2x3 d3x2 p4x2 g3", "n1 c2 o2 x23x5 k9x2 d2x1 p8x1 g2")
+TILES = ("n2 c12 o12 x9x7 k3x3 p1 g12", "n2 c12 o3 x5x6 k3x2 s2x1 p1", "n1 c18 o18 x4x3 k3x3 p1 g9")
+# Each case in one direction and format, in turn; in the others it is slow.
+EVERY = [
+    pytest.param(text, direction, last, marks=() if (i + 2 * j + k) % 4 == 0 else pytest.mark.slow)
+    for i, text in enumerate(
+        [*CASES.values(), "n2 c6 o3 x9x8 k4x3 s2x3 d3x2 p4x2 g3", "n1 c2 o2 x23x5 k9x2 d2x1 p8x1 g2"]
+    )
+    for j, direction in enumerate(MAPS)
+    for k, last in enumerate((False, True))
+    if min(ConvProblem.parse(text).group_in, ConvProblem.parse(text).group_out) <= 8
+]
+
+
+@pytest.mark.parametrize(("text", "direction", "last"), EVERY)
+def test_every_border_stride_and_rank(text, direction, last, interpreted):
+    check_both(interpreted, text, direction, last=last)
+
+
+@directions
+@formats
+@pytest.mark.parametrize(
+    "text", ["n2 c12 o12 x9x7 k3x3 p1 g12", "n2 c12 o3 x5x6 k3x2 s2x1 p1", "n1 c18 o18 x4x3 k3x3 p1 g9"]
+)
+def test_many_tiles(text, direction, last, interpreted):
+    check_both(interpreted, text, direction, last=last, small=True)
+
+
+@directions
+@formats
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_types(dtype, direction, last, interpreted):
+    for text in ("n2 c8 o8 x7x6 k3x3 s1x2 p1 g8", "n1 c3 o4 x7x6 k3x3 p1"):
+        check_both(interpreted, text, direction, reals, last=last, dtype=dtype)
+
+
+@directions
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_fused(activation, direction, interpreted):
+    last = list(ACTIVATIONS).index(activation) % 2 == 0
+    more = {"has_bias": True, "has_residual": True, "activation": activation}
+    dtype = torch.bfloat16 if last else torch.float32
+    check_both(interpreted, "n2 c4 o6 x4x5 k2x3 s2x1 p1 g2", direction, reals, last=last, dtype=dtype, **more)
+
+
+@directions
+@pytest.mark.parametrize("layout", [spread, channels_last, channels_inside, far])
+def test_tensors_that_lie_otherwise(layout, direction, interpreted):
+    for last in (False, True):
+        for text in ("n2 c2 o2 x4x5 k3x2 p1 s1x2", "n2 c2 o2 x4x5 k3x2 p1 s1x2 g2"):
+            request = asked(text, direction, channels_last=last)
+            interpreted(check, name(request.problem, direction), request, layout=layout)
+
+
+@directions
+@formats
+def test_nothing_outside_is_touched(direction, last, interpreted):
+    for text in ("n2 c8 o8 x5x4 k3x3 s2 p1 g8", "n1 c3 o17 x7 k2 p0:3", "n2 c5 o4 x6x6 k1x1"):
+        request = asked(text, direction, has_bias=True, channels_last=last)
+        interpreted(check_guarded, name(request.problem, direction), request)
+
+
+@directions
+def test_a_missing_tap_is_seen(direction, interpreted):
+    for text in (CASES["depthwise"], CASES["3x3"]):
+        request = asked(text, direction)
+        with pytest.raises(AssertionError, match="elements differ"):
+            interpreted(check, name(request.problem, direction), request, blind=True)
