@@ -20,6 +20,10 @@ packed before, and `b` the strip.  Sizes, kernel, stride and dilation are argume
 Where gathering would take long beside few products, a row is read where it lies: only tiles that reach into the border
 read a strip, of which no more is gathered than they need.  Tiles ask ahead then for what the next block reads.
 
+Where the few channels of a pixel lie side by side, the taps of a row of the kernel and their channels are one run of
+numbers. The strip is lines of the input then, as they lie but for their padding, and a tap is any number of the kernel:
+each place of a row reads it equally far from where it begins. Rows of a block are made one by one.
+
 Where the channels of a pixel lie side by side, nothing needs to be gathered: it is listed where each tap of each place
 begins in the input, or in a row of zeros, and the scalars of a tile are read from there.
 
@@ -94,6 +98,9 @@ SIZES = (
     "b_group",
     "b_scalar",  # from a scalar of the tile to the next
     "b_channel",
+    "line_row",  # from the line where a row of a block begins to the next row's
+    "line_taps",  # for each depth, and, with pairs, ...
+    "line_alone",  # ... of numbers that have no other: behind all others
 )
 
 
@@ -105,7 +112,8 @@ class Shape:
     lanes     of a vector
     over      what the lanes are: "places" of the output or "outputs"
     source    the strip is gathered from "rows" (neighbours along the width side by side), from "pixels" (neighbouring
-              channels side by side), from any memory through a "table"; "none": the input is used as it lies; "list":
+              channels side by side), from any memory through a "table"; "lines": it is rows as they lie, with few
+              channels side by side; "none": the input is used as it lies; "list":
               it is read where a list says that the taps of places are; "images": so, but packed
               with the images of a place side by side, which are the scalars
     stride    along the width, of "rows"
@@ -155,7 +163,8 @@ class Row:
 class Phase:
     """What products are summed of in a block: its places, where the first is, the first tap and how many there are.
 
-    table: where the places are from the first one on, if they lie apart
+    table: where the places are from the first one on, if they lie apart; b: where scalars begin; alone: first and count
+    of the taps whose numbers have no other, in lines of pairs
     """
 
     places: Value
@@ -163,6 +172,8 @@ class Phase:
     first: Value
     count: Value
     table: Value
+    b: Value
+    alone: tuple[Value, Value] | None = None
 
 
 @lru_cache(512)
@@ -178,7 +189,8 @@ class _Dense:
         # What the scalars are read from: the strip holds accumulators (or pairs), the tensors hold what is stored.
         as_it_lies = shape.over == "places" or shape.source in ("none", "list")
         packed = shape.pairs or (shape.over == "places" and shape.apart)
-        self.b_type = shape.stored if as_it_lies and not packed else shape.element
+        lines = shape.source == "lines" and shape.pairs
+        self.b_type = shape.stored if (as_it_lies and not packed) or lines else shape.element
         given = e.arguments(*("ptr",) * len(POINTERS))
         settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
         self.given = of = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
@@ -328,13 +340,31 @@ class _Dense:
             rows = e.most(e.least(of["block_rows"], rows - row), 0)
             cols = e.most(e.least(of["block_cols"], cols - col), 0)
             taps = begin + self.gather.reach(depth, 0) * each, self.gather.reach(depth, 1) * each
-            return Phase(rows * cols, y + start, *taps, e.at(of["places"], table, "i64"))
+            return Phase(rows * cols, y + start, *taps, e.at(of["places"], table, "i64"), b)
+
+        def each_line(body: Callable[[Phase], None]) -> None:
+            rows = e.least(of["block_rows"], of["out_rows"] - row)
+            cols = e.least(of["block_cols"], of["out_width"] - col)
+            from_, count = self.gather.reach(depth, 0), self.gather.reach(depth, 1)
+            taps = from_ * of["line_taps"], count * of["line_taps"]
+            behind = of["stride_depth"] * of["line_taps"]
+            alone = (behind + from_ * of["line_alone"], count * of["line_alone"]) if shape.pairs else None
+
+            def line(r: Value, _: list[Value]) -> Sequence[Value]:
+                begin = e.at(b, r * of["line_row"], self.b_type)
+                body(Phase(cols, y + r * of["out_width"] * of["y_place"], *taps, of["places"], begin, alone))
+                return []
+
+            e.loop(rows, [], line)
 
         def each_phase(body: Callable[[Phase], None]) -> None:
+            if shape.source == "lines":
+                each_line(body)
+                return
             if not shape.apart:
                 rows = e.least(of["block_rows"], of["out_rows"] - row)
                 cols = e.least(of["block_cols"], of["out_width"] - col)
-                body(Phase(rows * cols, y, self.gather.reach(depth, 0), self.gather.reach(depth, 1), of["places"]))
+                body(Phase(rows * cols, y, self.gather.reach(depth, 0), self.gather.reach(depth, 1), of["places"], b))
                 return
 
             def phase(i: Value, _: list[Value]) -> Sequence[Value]:
@@ -366,7 +396,7 @@ class _Dense:
             for start in scalars if shape.over == "outputs" or not shape.apart else ():
                 for v in range(vectors):
                     e.prefetch(e.at(of["y"], start + (at + v * shape.lanes), shape.stored), "write")
-            begin, first_x = e.at(b, i * of["b_scalar"], self.b_type), x
+            begin, first_x = e.at(phase.b, i * of["b_scalar"], self.b_type), x
             if shape.source == "list":
                 begin = e.at(b, i, "i64")
             elif place is not None:
@@ -609,13 +639,16 @@ class _Dense:
         def multiply(acc: Value, a: Value, b: Value) -> Value:
             return e.dot_pairs(acc, a, b) if shape.pairs else e.fma(a, b, acc)
 
-        def step(a: Value, scalars: Sequence[Value], acc: list[Value]) -> list[Value]:
+        def step(a: Value, scalars: Sequence[Value], acc: list[Value], alone: bool = False) -> list[Value]:
             # Strips and packed weights go on behind the last lane; the input as it lies may not.
             masked = shape.source == "none" and shape.over == "places"
             loaded = [e.load(a, v * shape.lanes, mask if masked else None) for v, mask in enumerate(masks)]
             result = []
             for s, place in enumerate(scalars):
-                one = e.broadcast_pair(place) if shape.pairs else e.broadcast(e.scalar(place, 0, self.b_type))
+                if alone:
+                    one = e.broadcast_alone(place)
+                else:
+                    one = e.broadcast_pair(place) if shape.pairs else e.broadcast(e.scalar(place, 0, self.b_type))
                 result += [multiply(acc[s * vectors + v], loaded[v], one) for v in range(vectors)]
             return result
 
@@ -634,12 +667,19 @@ class _Dense:
 
             return e.loop(self.channels, acc, each)
 
-        def each_tap(a: Value, b: Value, acc: list[Value], then: Callable[..., list[Value]]) -> list[Value]:
+        def each_tap(
+            a: Value,
+            b: Value,
+            acc: list[Value],
+            then: Callable[..., list[Value]],
+            taps: Value = taps,
+            count: Value = phase.count,
+        ) -> list[Value]:
             def tap(t: Value, acc: list[Value]) -> list[Value]:
                 a_shift, b_shift = e.scalar(taps, t * 2, "i64"), e.scalar(taps, t * 2 + 1, "i64")
                 return then(e.at(a, a_shift), e.at(b, b_shift, self.b_type), acc)
 
-            return e.loop(phase.count, acc, tap)
+            return e.loop(count, acc, tap)
 
         def only_step(c: Value, acc: list[Value]) -> list[Value]:
             here = e.at(b, c * of["b_channel"], self.b_type)
@@ -672,6 +712,12 @@ class _Dense:
 
             return e.loop(e.select(found < 0, e.number(0), self.channels), acc, each)
 
+        if shape.source == "lines":
+            acc = each_tap(a, b, acc, one_step)
+            if phase.alone is not None:
+                taps, count = e.at(of["taps"], phase.alone[0] * 2, "i64"), phase.alone[1]
+                acc = each_tap(a, b, acc, lambda a, b, acc: step(a, spaced(b), acc, alone=True), taps, count)
+            return acc
         if shape.source in ("list", "images"):
             return e.loop(phase.count, acc, listed_tap if shape.source == "list" else tap_of_images)
         # The inner loop is along what lies side by side: the taps of a weight, or the channels of a pixel (or all of

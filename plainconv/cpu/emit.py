@@ -380,6 +380,11 @@ class Emit:
         numbers = (Value(self, text, "i32") for text in ("1" if to == "write" else "0", "2", "1"))
         self._call("llvm.prefetch.p0", "void", address, *numbers)
 
+    def carry(self, source: Value, to: Value, mask: Value, stored: str) -> None:
+        """Copy a vector of elements as they are; those outside the mask are not read, and become zero."""
+        value = self._load(source, _carrier(stored), mask)
+        self._lines.append(f"  store {value.type} {value.text}, ptr {to.text}, align {SCALARS[stored]}")
+
     def move(self, to: Value, source: Value, size: Value) -> None:
         """Copy so many bytes; the two may overlap."""
         self._call("llvm.memmove.p0.p0.i64", "void", to, source, size, Value(self, "false", "i1"))
@@ -401,7 +406,11 @@ class Emit:
 
     def tail(self, left: Value | int) -> Value:
         """A mask whose first `left` lanes are set (all, if left is larger)."""
-        return self.mask(self._bits_below(left))
+        return self.mask(self._bits_below(left, self.lanes))
+
+    def tail_of_pairs(self, left: Value | int) -> Value:
+        """The same of the elements of pairs, two a lane (see `load_pairs`)."""
+        return self.mask(self._bits_below(left, 2 * self.lanes), 2 * self.lanes)
 
     def within(self, first: Value | int, size: Value | int) -> Value:
         """A mask of the lanes i with 0 <= first + i < size."""
@@ -410,20 +419,21 @@ class Emit:
     def bits_within(self, first: Value | int, size: Value | int) -> Value:
         """The same as bits of an integer, which can be kept in memory."""
         first = self.number(first)
-        below, before = self._bits_below(size - first), self._bits_below(0 - first)
+        below, before = (self._bits_below(count, self.lanes) for count in (size - first, 0 - first))
         outside = self._emit(f"xor i64 {before.text}, -1", "i64")
         return self._emit(f"and i64 {below.text}, {outside.text}", "i64")
 
-    def _bits_below(self, count: Value | int) -> Value:
-        """An integer whose first `count` bits are set, at most one a lane."""
-        count = self.least(self.most(count, 0), self.lanes)
+    def _bits_below(self, count: Value | int, most: int) -> Value:
+        """An integer whose first `count` bits are set, at most so many."""
+        count = self.least(self.most(count, 0), most)
         one_more = self._emit(f"shl i64 1, {count.text}", "i64")
         return self._emit(f"sub i64 {one_more.text}, 1", "i64")
 
-    def mask(self, bits: Value) -> Value:
-        """The lanes whose bits are set."""
-        narrow = self._emit(f"trunc i64 {bits.text} to i{self.lanes}", f"i{self.lanes}")
-        mask = f"<{self.lanes} x i1>"
+    def mask(self, bits: Value, lanes: int | None = None) -> Value:
+        """The lanes whose bits are set; lanes: how many there are, if not those of a vector of accumulators."""
+        lanes = lanes or self.lanes
+        narrow = self._emit(f"trunc i64 {bits.text} to i{lanes}", f"i{lanes}")
+        mask = f"<{lanes} x i1>"
         return self._emit(f"bitcast {narrow.type} {narrow.text} to {mask}", mask)
 
     def load_mask(self, pointer: Value, offset: Value | int) -> Value:
@@ -694,12 +704,17 @@ class Emit:
         return self._two("or", result, self._bits("lshr", sign, 16))
 
     def load_pairs(self, pointer: Value, offset: Value | int = 0, mask: Value | None = None) -> Value:
-        """For `dot_pairs`: lane i is the bfloat elements 2i and 2i + 1 behind `offset`, as one i32."""
+        """For `dot_pairs`: lane i is the bfloat elements 2i and 2i + 1 behind `offset`, as one i32.
+
+        mask: of lanes, or of elements (`tail_of_pairs`); those outside are zero, and are not read.
+        """
         vector, address = f"<{self.lanes} x i32>", self.at(pointer, offset, "bfloat")
         if mask is None:
             return self._emit(f"load {vector}, ptr {address.text}, align 2", vector)
-        name, zero = f"llvm.masked.load.v{self.lanes}i32.p0", Value(self, "zeroinitializer", vector)
-        return self._call(name, vector, address, Value(self, "2", "i32"), mask, zero)
+        count, _, _ = mask.type[1:].partition(" x ")
+        loaded = vector if int(count) == self.lanes else f"<{count} x i16>"
+        name, zero = f"llvm.masked.load.v{loaded[1:-1].replace(' x ', '')}.p0", Value(self, "zeroinitializer", loaded)
+        return self._cast("bitcast", self._call(name, loaded, address, Value(self, "2", "i32"), mask, zero), vector)
 
     def pairs_of(self, first: Value, second: Value) -> Value:
         """For `dot_pairs`: two vectors of accumulators that were bfloat, as one of pairs."""
@@ -710,6 +725,11 @@ class Emit:
         """For `dot_pairs`: two neighbouring bfloat elements, in every lane."""
         address = self.at(pointer, offset, "bfloat")
         return self._splat(self._emit(f"load i32, ptr {address.text}, align 2", "i32"))
+
+    def broadcast_alone(self, pointer: Value) -> Value:
+        """For `dot_pairs`: a bfloat element and a zero, in every lane."""
+        alone = self._emit(f"load i16, ptr {pointer.text}, align 2", "i16")
+        return self._splat(self._cast("zext", alone, "i32"))
 
     def dot_pairs(self, acc: Value, a: Value, b: Value) -> Value:
         """acc + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in lane i, of pairs of bfloat; needs "pairs" in `native`.

@@ -24,11 +24,11 @@ REACH = 4
 class Gather:
     """The gathering part of a kernel, whose arguments are `given` by name.
 
-    source    "rows" (neighbours along the width lie side by side), "pixels" (neighbouring channels do), or any memory
-              through a "table"
+    source    "rows" (neighbours along the width lie side by side), "pixels" (neighbouring channels do), "lines" (both
+              do: along the width, numbers of all channels are counted), or any memory through a "table"
     stored    type of the tensor; the strip holds accumulators
     stride    along the width, of "rows"
-    pairs     the strip holds pairs of bfloat channels
+    pairs     the strip holds pairs of bfloat channels; "lines": bfloat numbers as they are
     """
 
     def __init__(
@@ -62,7 +62,10 @@ class Gather:
             def each_vector(v: Value, _: list[Value]) -> Sequence[Value]:
                 at = (j * vectors + v) * size
                 step = 1 if pixels else lanes
-                first = (col + v * step) * of["stride_cols"] + by_col  # in the padded row
+                if self.source == "lines":
+                    first = col * of["stride_cols"] + v * step
+                else:
+                    first = (col + v * step) * of["stride_cols"] + by_col  # in the padded row
                 if pixels:
                     place = e.scalar(of["col_table"], first, "i64")
                     here = e.select(e.compare("sge", place, 0), e.number(-1), e.number(0))
@@ -108,6 +111,9 @@ class Gather:
         size, strip = self.fields, e.at(scratch, at)
         first, count = part or (e.number(0), self.reach(depth, 3) * self.vectors)
         entries = e.at(e.at(scratch, of["entries"]), (self.reach(depth, 2) * self.vectors + first) * size, "i64")
+        if self.source == "lines":
+            e.loop(count, [], lambda i, _: self.copy_line(e.at(entries, i * size, "i64"), x, strip))
+            return
         if self.source == "pixels":
             held = (channels + (self.steps - 1)) // self.steps
             e.loop(count, [], lambda i, _: self.copy_pixel(e.at(entries, i * size, "i64"), x, strip, held))
@@ -144,6 +150,17 @@ class Gather:
             e.prefetch(e.at(x, self.given["ahead"] + start, self.stored))
         for i, first in enumerate(range(0, len(rows), self.steps)):
             e.store(self.together(rows[first : first + self.steps]), to, self.given["pitch"] * i + at)
+        return []
+
+    def copy_line(self, entry: Value, x: Value, to: Value) -> Sequence[Value]:
+        e = self.e
+        at, start, bits = (e.scalar(entry, i, "i64") for i in range(3))
+        mask = e.mask(bits)
+        e.prefetch(e.at(x, self.given["ahead"] + start, self.stored))
+        if self.pairs:
+            e.carry(e.at(x, start, self.stored), e.at(to, at, self.stored), mask, self.stored)
+        else:
+            e.store(e.load(x, start, mask, self.stored), to, at)
         return []
 
     def copy_table(self, entry: Value, channels: Sequence[Value], to: Value) -> Sequence[Value]:

@@ -28,6 +28,7 @@ SIZES = (
     "vectors",  # of lanes, of a group, made up to whole tiles
     "u_count",
     "v_count",
+    "v_numbers",  # near each other: of all v, which may be one less than two each
     "w_group",
     "w_output",
     "w_u",
@@ -106,10 +107,13 @@ def text(shape: Shape) -> str:
             first = v * lanes
             left = of["v_count"] - first
             loaded = []
+            near = shape.pairs == "near"
+            numbers = of["v_numbers"] - first * 2 if near else left
             for r in range(rows):
-                here = left if rows == 1 else e.select(output + r < of["outputs"], left, e.number(0))
+                here = numbers if rows == 1 else e.select(output + r < of["outputs"], numbers, e.number(0))
                 other = e.tail(e.select(e.compare("eq", u, of["alone"]), e.number(0), here))
-                loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, e.tail(here), other))
+                mask = e.tail_of_pairs(here) if near else e.tail(here)
+                loaded.append(read(w, of["w_output"] * r + u * of["w_u"], first, mask, other))
             if rows > 1:
                 # Columns that do not exist are written over the last one, which is then written itself.
                 for column, value in reversed(list(enumerate(e.transpose(loaded)))):

@@ -30,6 +30,7 @@ MOST_STRIP_BYTES = 16 << 20
 MOST_IMAGES_BYTES = 64 << 20
 FEW_PRODUCTS = 128  # of a number that is read: with more, gathering takes hardly any time
 FEW_CHANNELS = 32
+FEW_IN_LINES = 8  # channels
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
@@ -137,6 +138,23 @@ def list_of(axes: Axes, rows: int, cols: int) -> Strip:
     return Strip(runs, 1, rows * cols, tuple(range(0, len(runs) * rows * cols, rows * cols)))
 
 
+def in_lines(work: Work, axes: Axes) -> bool:
+    """Whether a row of the kernel can be one run of numbers of a line, and channels are so few that this helps."""
+    width = axes[2]
+    near = all(tap.place == tap.number for tap in width.taps) and (work.mode == "zeros" or max(width.padding) <= 0)
+    few = work.groups == 1 and 0 < work.group_in <= FEW_IN_LINES and len(width.taps) > 1
+    return few and near and work.request.channels_last and not work.turned
+
+
+def lines_of(axes: Axes, rows: int, cols: int, channels: int) -> Strip:
+    """The strip of lines: lengths and shifts count numbers, and the shifts are those of the kernel's rows."""
+    depth, high, width = axes
+    length = ((cols - 1) * width.stride + width.reach + 1) * channels
+    count = (rows - 1) * high.stride + high.reach + 1
+    shifts = [(z * count + y.place) * length for z, y in product(range(len(depth.taps)), high.taps)]
+    return Strip(tuple((z, 0, 0, count) for z in range(len(depth.taps))), 1, length, tuple(shifts))
+
+
 def _reach_of(axis: Axis, count: int) -> int:
     """How many places of the input so many of the output read along a side."""
     return min((count - 1) * axis.stride + axis.reach + 1, axis.size)
@@ -148,12 +166,14 @@ def _reach_of(axis: Axis, count: int) -> int:
 class Reads(Enum):
     """What a product reads: a strip gathered before, the input as it lies, or the input through a list of its taps.
 
+    LINES: a strip of lines, where the few channels of a pixel lie side by side.
     IMAGES: through a list, too, of an input that is packed: scalars are one place of several images.
     """
 
     STRIP = "strip"
     INPUT = "input"
     LIST = "list"
+    LINES = "lines"
     IMAGES = "images"
 
 
@@ -185,19 +205,23 @@ class Kind(NamedTuple):
     pairs: bool
     element: str
     size: int  # bytes of an element, or of a pair
-    channels: int  # of a group, or pairs of them
+    channels: int  # of a group, or pairs of them; in lines: numbers of a row of the kernel, or pairs of them
+    taps: int  # for each of these
     native: frozenset[str]
 
 
 @lru_cache(4096)
-def kind(work: Work) -> Kind:
-    """Roles and types of a request."""
+def kind(work: Work, lines: bool = False) -> Kind:
+    """Roles and types of a request; lines: if it reads such."""
     native, request = natives(cpu.Target.host()), work.request
-    places, channels = not request.channels_last, work.group_in
-    pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or (places and channels > 1))
+    places, channels, taps = not request.channels_last, work.group_in, work.taps
+    alone = lines or (places and channels > 1)  # whether one may be, of an odd number
+    if lines:
+        channels, taps = channels * work.kernel[-1], taps // work.kernel[-1]
+    pairs = request.dtype is torch.bfloat16 and "pairs" in native and (channels % 2 == 0 or alone)
     element = "double" if request.dtype is torch.float64 else "float"
     channels = -(-channels // 2) if pairs else channels
-    return Kind(places, pairs, element, 8 if element == "double" else 4, channels, native)
+    return Kind(places, pairs, element, 8 if element == "double" else 4, channels, taps, native)
 
 
 def _lanes(work: Work, target: cpu.Target) -> int:
@@ -264,15 +288,17 @@ def layout(work: Work, merge: bool, reads: Reads) -> Layout:
 
 def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
     """All ways to cut a request that are worth a thought, with the bytes of their strips."""
-    request, target, is_ = work.request, cpu.Target.host(), kind(work)
+    lined = reads is Reads.LINES
+    request, target, is_ = work.request, cpu.Target.host(), kind(work, lined)
     axes = depth, high, width = work.axes(merge)
     lanes = _lanes(work, target)
     register = lanes * is_.size * 8
     vector = engine.vector_cycles(register, target)  # cycles
     spare = target.registers - (2 if target.fma else 3)
     all_phases = phases(axes)
-    weight = work.group_out * is_.channels * work.taps * is_.size
-    taps = math.prod(len(axis.taps) for axis in axes) / (depth.step * len(all_phases))  # of a phase
+    weight = work.group_out * is_.channels * is_.taps * is_.size
+    moves = axes[:2] if lined else axes  # along which the kernel has taps
+    taps = math.prod(len(axis.taps) for axis in moves) / (depth.step * len(all_phases))  # of a phase
     steps = is_.channels * taps
     anywhere = reads is Reads.INPUT and is_.places
     load = LOAD + UNALIGNED if anywhere and math.prod(work.spatial) % lanes else LOAD
@@ -284,19 +310,26 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
         settled = _settled_tiles(max(work.group_out, 1), spare, steps, most_load, high.out == 1)
         step *= settled[0].vectors if high.out == 1 else 1
     for rows, cols, whole in _blocks(axes, step):
-        strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
+        if lined:
+            strip = lines_of(axes, rows, cols, work.group_in)
+        else:
+            strip = list_of(axes, rows, cols) if listed else strip_of(axes, rows, cols, whole)
         by_row, by_pixel = pitches(strip, lanes, is_.size, is_.channels)
         if listed:
             # Pixels; groups meet in the same lines of the cache, so those of all groups have to stay there.
             read = _reach_of(high, rows) * _reach_of(width, cols) * min(len(depth.taps), depth.size)
             strip_bytes = read * work.in_channels * request.dtype.itemsize
+        elif lined:
+            strip_bytes = lines_bytes(is_, strip, lanes)
         else:
             strip_bytes = max(is_.channels * by_row, strip.slots * strip.length * by_pixel) * is_.size
         lies = reads is Reads.STRIP and strip.slots == 1 and in_place(work)
         planes = work.batch * work.groups
         blocks = planes * depth.made * -(-high.out // rows) * -(-width.out // cols)
-        entries = strip.slots * (-(-strip.length // lanes) if is_.places else strip.length)
-        if reads is not Reads.STRIP or lies:
+        entries = strip.slots * (-(-strip.length // lanes) if is_.places or lined else strip.length)
+        if lined:
+            copies = entries * COPY
+        elif reads is not Reads.STRIP or lies:
             copies = 0.0
         elif is_.places:
             copies = is_.channels * entries * COPY * min(width.stride, 8)
@@ -308,12 +341,15 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
         # Places of a block, and of the last one of a row (or of an image), which may be smaller.
         count = -(-high.out // rows) if whole else -(-width.out // cols)
         most, last = rows * cols, ((high.out - (count - 1) * rows) * cols if whole else width.out - (count - 1) * cols)
+        often = (1, 1)  # that there are so many, in a block and in the last one
+        if lined and whole:
+            often, most, last = (rows, high.out - (count - 1) * rows), cols, cols
         for tile in settled or _tiles(*_factors(is_, work, most, lanes), spare):
             full, less = (
                 _tile_cycles(*_factors(is_, work, places, lanes), tile, steps, load, taps * listed)
                 for places in (most, last)
             )
-            cycles = (full * (count - 1) + less) / count * vector * len(all_phases)
+            cycles = (full * often[0] * (count - 1) + less * often[1]) / count * vector * len(all_phases)
             scalars, vectors = _factors(is_, work, most, lanes)
             if apart(axes) and is_.places:
                 each = WEAVE if woven(axes) else SCATTER * lanes
@@ -340,13 +376,14 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
             cycles += max(0.0, weight / (FAR_BYTES if weight > FAR_WEIGHT else NEAR_BYTES) - cycles * min(first, 1.0))
             cycles += BLOCK + (SLOT * is_.channels * strip.slots + RUN * pieces if is_.places else 0.0)
             cycles += copies * vector
-            cycles += {Reads.STRIP: ENTRY, Reads.LIST: LISTED, Reads.INPUT: 0.0}[reads] * entries / max(planes, 1)
+            entry = {Reads.STRIP: ENTRY, Reads.LINES: ENTRY, Reads.LIST: LISTED, Reads.INPUT: 0.0}[reads]
+            cycles += entry * entries / max(planes, 1)
             outputs = -(-scalars // tile.scalars) if is_.places else -(-vectors // tile.vectors)
             parts = min(outputs, PARTS)
             shares = max(min(request.threads, blocks * parts), 1)
             most_of = -(-blocks * parts // shares) / max(blocks * parts, 1)  # the share of one thread
             one = Layout(rows, cols, strip, tile, lanes, reads, parts, shares, blocks * cycles * most_of)
-            found.append((strip_bytes if reads is Reads.STRIP else 0, one))
+            found.append((strip_bytes if reads in (Reads.STRIP, Reads.LINES) else 0, one))
     return found
 
 
@@ -432,6 +469,11 @@ def pitches(strip: Strip, lanes: int, size: int, channels: int) -> tuple[int, in
     return by_row | line, by_pixel | line
 
 
+def lines_bytes(is_: Kind, strip: Strip, lanes: int) -> int:
+    """Of a strip of lines, which ends with a vector to spare."""
+    return padded((strip.slots * strip.length + lanes) * (2 if is_.pairs else is_.size), ALIGNMENT)
+
+
 @lru_cache(4096)
 def natural(work: Work, merge: bool = True) -> Layout:
     """The way to cut a request whose input lies in memory as its output will."""
@@ -446,6 +488,8 @@ def natural(work: Work, merge: bool = True) -> Layout:
             ways.append(layout(work, True, Reads.INPUT))
     elif not (is_.places or converted):
         ways.append(layout(work, merge, Reads.LIST))
+    if in_lines(work, axes):
+        ways.append(layout(work, merge, Reads.LINES))
     if merge and work.turned and work.batch > 1 and not is_.places:
         way = layout(work, True, Reads.IMAGES)
         if images_bytes(work, way.lanes) <= min(work.request.max_workspace // 2, MOST_IMAGES_BYTES):

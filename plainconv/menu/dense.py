@@ -30,6 +30,8 @@ from plainconv.remember import on_forget, weigh
 WAY_BYTES = 128 << 10  # memory so far apart meets in the same place of a core's own cache, ...
 MEETING = 4  # ... half of which may be channels that are read where they lie
 
+SOURCES = {Reads.INPUT: "none", Reads.LIST: "list", Reads.LINES: "lines", Reads.IMAGES: "images"}  # without a strip
+
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
 
@@ -58,8 +60,10 @@ def _source(work: Work, x: Places) -> tuple[str, Layout]:
     is_ = cuts.kind(work)
     way = cuts.natural(work, x.merge)
     side_by_side = x.col == 1 if is_.places else x.channel == 1 or (way.reads is Reads.INPUT and not is_.pairs)
+    if way.reads is Reads.LINES:
+        side_by_side &= x.col == work.group_in
     if way.reads is not Reads.STRIP and side_by_side:
-        return {Reads.INPUT: "none", Reads.LIST: "list", Reads.IMAGES: "images"}[way.reads], way
+        return SOURCES[way.reads], way
     if way.reads is not Reads.STRIP:
         way = cuts.layout(work, x.merge, Reads.STRIP)
     if x.channel == 1 and not is_.places:
@@ -114,7 +118,8 @@ class Packing(NamedTuple):
 
 def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
     """None if the weight is used as it lies: its outputs are no lanes, and its pairs are side by side."""
-    is_, turned, apart = cuts.kind(work), work.turned, cuts.apart(work.axes())
+    lines = way.reads is Reads.LINES
+    is_, turned, apart = cuts.kind(work, lines), work.turned, cuts.apart(work.axes())
     if is_.places and not (apart or (is_.pairs and (work.taps > 1 or work.group_in % 2 or turned))):
         return None
     across = apart or not is_.places  # outputs side by side
@@ -123,10 +128,11 @@ def _packing(work: Work, way: Layout, channels_inside: bool) -> Packing | None:
         vectors = -(-work.group_out // way.lanes)
         vectors = vectors | 1 if is_.places else padded(vectors, way.tile.vectors)
         rows = vectors * way.lanes
-    size = work.groups * rows * is_.channels * work.taps * is_.size
-    near, taps, channels = "near" if is_.pairs else None, work.taps, is_.channels
-    if not (turned or is_.places) and (channels_inside or taps == 1):
-        return Packing(near, taps, channels, work.group_in, 1, 0, channels, 1, across, False, vectors, size)
+    size = work.groups * rows * is_.channels * is_.taps * is_.size
+    near, taps, channels = "near" if is_.pairs else None, is_.taps, is_.channels
+    if not (turned or is_.places) and (channels_inside or taps == 1 or lines):
+        numbers = work.group_in * work.taps // taps
+        return Packing(near, taps, channels, numbers, 1, 0, channels, 1, across, False, vectors, size)
     each = work.group_out * taps if turned else taps  # from a channel to the next
     r_u, r_v = (1, channels) if across else (taps, 1)
     pairs, step = ("far", 2) if is_.pairs else (None, 1)
@@ -188,10 +194,12 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
 
     channels_inside: whether the second dimension of the weight is innermost, for a weight that is packed.
     """
-    request, target, is_, turned = work.request, cpu.Target.host(), cuts.kind(work), work.turned
+    request, target, turned = work.request, cpu.Target.host(), work.turned
     x = _places_of(work, x_strides)
     axes = depth, high, width = work.axes(x.merge)
     source, way = _source(work, x)
+    lines = source == "lines"
+    is_ = cuts.kind(work, lines)
     strip, tile, lanes = way.strip, way.tile, way.lanes
     by_row, by_pixel = cuts.pitches(strip, lanes, is_.size, is_.channels)
     packing = _packing(work, way, channels_inside)
@@ -223,7 +231,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         col = is_.channels * side_by_side
         x = Places(True, pixels * col // max(work.group_in, 1), width.size * high.size * col, width.size * col, col)
         channel = side_by_side
-    terms, columns = is_.channels * work.taps, tile.vectors * lanes
+    terms, columns = is_.channels * is_.taps, tile.vectors * lanes
     w_output, w_channel = (w_strides[1], w_strides[0]) if turned else w_strides[:2]
     w_group = w_strides[0] * (work.group_in if turned else work.group_out)
     wide = packing.vectors * lanes if packing is not None and is_.places else columns  # outputs that are side by side
@@ -238,7 +246,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         w_taps = [tap * is_.channels * wide for tap in range(work.taps)]
         factors = {"b_scalar": 1, "b_channel": wide, "b_group": terms * wide}
     else:
-        w_taps = [tap * is_.channels * columns for tap in range(work.taps)]
+        w_taps = [tap * is_.channels * columns for tap in range(is_.taps)]
         tiles = -(-work.group_out // columns)
         factors = {"a_channel": columns, "a_tile": terms * columns, "a_group": tiles * terms * columns}
     # The weight's taps in the order of the strip's.
@@ -247,7 +255,24 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
     numbers = [
         (z.number * sizes_of[1] + r.number) * sizes_of[2] + c.number for z, r, c in product(depth.taps, rows, cols)
     ]
-    if is_.places:
+    along = 1  # numbers for each place of a row
+    if lines:
+        along = work.group_in
+        whole, odd = divmod(along * len(width.taps), per)
+        factors |= {
+            "b_scalar": width.stride * along,
+            "line_row": high.stride * strip.length,
+            "line_taps": len(high.taps) * whole,
+            "line_alone": len(high.taps) * odd,
+        }
+        begins = list(zip(w_taps, strip.taps, strict=True))
+        taps = [
+            (a + i * columns, b + i * per)
+            for part in (range(whole), range(whole, whole + odd))
+            for a, b in begins
+            for i in part
+        ]
+    elif is_.places:
         factors |= {"a_channel": channel, "a_tile": columns}
         taps = [(shift * place, w_taps[number]) for shift, number in zip(strip.taps, numbers, strict=True)]
     else:
@@ -275,7 +300,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         "x_row": x.row,
         "x_col": x.col,
         "ahead": _ahead(work, x, x_strides[0], way, (high, width)),
-        "in_width": width.size,
+        "in_width": width.size * along,
         "lies_to": _lies_to(work, x, way),
         "y_image": work.out_channels * made,
         "y_channel": made if is_.places else 1,
@@ -288,8 +313,8 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
         "made_width": width.made,
         "stride_depth": len(depth.taps),
         "stride_rows": high.stride,
-        "stride_cols": width.stride,
-        "lo": width.padding[0],
+        "stride_cols": width.stride * along,
+        "lo": width.padding[0] * along,
         "block_rows": way.rows,
         "block_cols": way.cols,
         "row_blocks": blocks[0],
@@ -312,6 +337,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
             "vectors": packing.vectors,
             "u_count": packing.u_count,
             "v_count": packing.v_count,
+            "v_numbers": packing.u_stride if packing.pairs == "near" else 0,
             "w_group": w_group,
             "w_output": w_output,
             "w_u": packing.u_stride,
@@ -333,6 +359,7 @@ def prepare(work: Work, x_strides: tuple[int, ...], w_strides: tuple[int, ...], 
             "vectors": side_by_side // lanes,
             "u_count": pixels,
             "v_count": is_.channels,
+            "v_numbers": work.group_in,
             "w_group": work.group_in,
             "w_output": x_strides[0],
             "w_u": x_pixel,
@@ -377,14 +404,15 @@ def _tables(
     blocks = -(-high.out // way.rows), -(-width.out // way.cols)
     rows = (blocks[0] * way.rows - 1) * high.stride + high.reach + 1
     cols = (blocks[1] * way.cols + way.strip.length + way.lanes) * width.stride + width.reach + 1
-    read = {"none": 0, "rows": 2}.get(source, 3)
+    read = {"none": 0, "rows": 2, "lines": 2}.get(source, 3)
     phases: list[tuple[int, ...]] = []
     places = torch.zeros(0, dtype=torch.int64)
     apart = cuts.apart(axes)
     if apart:
         taps, phases, places = _scattered(axes, way, taps, y_place)
+    each = 1 if apart or source == "lines" else len(taps) // max(len(depth.taps), 1)
     numbers = [
-        *(way.strip.rows(), taps, _reach(mode, depth, way.strip, 1 if apart else len(taps) // max(len(depth.taps), 1))),
+        *(way.strip.rows(), taps, _reach(mode, depth, way.strip, each)),
         *(phases, elements(depth, mode) if read else []),
     ]
     parts = [
@@ -447,8 +475,11 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
     rows, length = way.strip.slots, way.strip.length
     if source in ("list", "images"):
         return 0, padded(8 * rows * length, ALIGNMENT)
-    pixels = source == "pixels"
-    strip = padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
+    if source == "lines":
+        strip, pixels = cuts.lines_bytes(is_, way.strip, way.lanes), False
+    else:
+        pixels = source == "pixels"
+        strip = padded((rows * length * by_pixel if pixels else is_.channels * by_row) * is_.size, ALIGNMENT)
     copies = rows * (length if pixels else -(-length // way.lanes))
     return strip, strip + padded(8 * copies * gather.MOST_FIELDS, ALIGNMENT)
 
@@ -456,17 +487,18 @@ def _share(is_: Kind, way: Layout, source: str, by_row: int, by_pixel: int) -> t
 @lru_cache(4096)
 def workspace_bytes(work: Work) -> int:
     """Scratch memory for tensors that lie in any way."""
-    is_ = cuts.kind(work)
     ways = {
         way(work, merge) for merge in (True, False) for way in (cuts.natural, partial(cuts.layout, reads=Reads.STRIP))
     }
     most = 0
     for way in ways:
+        is_ = cuts.kind(work, way.reads is Reads.LINES)
         pitches = cuts.pitches(way.strip, way.lanes, is_.size, is_.channels)
         sources = {
             Reads.STRIP: ("rows", "pixels"),
             Reads.INPUT: ("none",),
             Reads.LIST: ("list",),
+            Reads.LINES: ("lines",),
             Reads.IMAGES: ("images",),
         }[way.reads]
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
@@ -514,18 +546,24 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these; made: see Algorithm.pack."""
     seen = work(request)
     x, w, bias, _ = tensors
-    is_ = cuts.kind(seen)
+    lines = _source(seen, _places_of(seen, x.stride()))[0] == "lines"
+    is_ = cuts.kind(seen, lines)
     across = not is_.places or cuts.apart(seen.axes())
-    channels_inside = across and (seen.turned or not w.is_contiguous()) and w.movedim(1, -1).is_contiguous()
+    inside_out = w.movedim(1, -1).is_contiguous()
+    channels_inside = lines or (across and (seen.turned or not w.is_contiguous()) and inside_out)
     packs = is_.pairs or across
-    copies_w = packs and not channels_inside and not w.is_contiguous()
+    copies_w = not inside_out if lines else packs and not channels_inside and not w.is_contiguous()
     copies_bias = bias is not None and not bias.is_contiguous()
-    w_strides = w.contiguous().stride() if copies_w else w.stride()
+
+    def ordered(w: Tensor) -> Tensor:
+        return w.movedim(1, -1).contiguous().movedim(-1, 1) if lines else w.contiguous()
+
+    w_strides = ordered(w).stride() if copies_w else w.stride()
     ready = prepare(seen, x.stride(), w_strides, channels_inside)
     settled, places = ready.settled.data_ptr(), is_.places
     packs_w, kept = ready.weight, None
     if made is not None and packs_w is not None:
-        kept = packs_w.once(w.contiguous() if copies_w else w, made, request.threads)
+        kept = packs_w.once(ordered(w) if copies_w else w, made, request.threads)
         packs_w, copies_w = None, False
     packed = sum(packs.bytes for packs in (packs_w, ready.images) if packs is not None)
     threads = request.threads if ready.shares > 1 else engine.movers(packed, request.threads)
@@ -533,7 +571,7 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
         if copies_w:
-            w = w.contiguous()
+            w = ordered(w)
         if copies_bias and bias is not None:
             bias = bias.contiguous()
         scratch, weight = workspace.data_ptr(), (w if kept is None else kept).data_ptr()

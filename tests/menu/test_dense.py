@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 import assembly
 import pytest
 import torch
-from checks import CASES, channels_inside, check, compare, given, integers, reals, request
+from checks import CASES, channels_inside, check, compare, exact, given, integers, reals, request, result_of
 from guarded import guarded, guarded_inside, guarded_tables
 
 from plainconv.cpu import compile as cpu
@@ -30,10 +30,10 @@ both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["con
 
 # Where the kernel takes another way: one or many tiles of outputs and places, blocks of rows and of parts of a row.
 WAYS = {
-    "tiles of outputs": "n1 c4 o37 x9x20 k3x3 p1",
-    "tiles of places": "n2 c6 o10 x5x301 k3x3 p1x1",
-    "parts of a row": "n1 c3 o9 x3x2300 k1x5 p0x2",
-    "many rows": "n1 c2 o8 x90x20 k3x3 p1",
+    "tiles of outputs": "n1 c10 o37 x9x20 k3x3 p1",
+    "tiles of places": "n2 c10 o10 x5x301 k3x3 p1x1",
+    "parts of a row": "n1 c9 o9 x3x2300 k1x5 p0x2",
+    "many rows": "n1 c10 o8 x90x20 k3x3 p1",
     "stride 2": "n1 c4 o10 x19x139 k3x5 s2 p2 g2",
     "stride 3": "n1 c4 o6 x19x139 k3x4 s3 p2 g2",
     "stride over kernel": "n1 c2 o9 x70x90 k2x2 s9",
@@ -46,8 +46,14 @@ WAYS = {
     "1-D, short": "n3 c5 o9 x20 k4 p3",
     "1-D, reach": "n2 c2 o5 x90 k3 d40 p7",
     "1-D, channels that meet": "n1 c5 o7 x32768 k2",
-    "cropped": "n1 c3 o20 x9x90 k3x3 p-2:1x-3:-4",
+    "cropped": "n1 c9 o20 x9x90 k3x3 p-2:1x-3:-4",
     "3-D": "n1 c4 o12 x4x7x35 k3x3x3 s2x1x1 p1 g2",
+    "lines, tiles of outputs": "n2 c3 o37 x9x20 k3x3 p1",
+    "lines, parts of a row": "n1 c3 o9 x3x2300 k1x5 p0x2",
+    "lines, strides": "n1 c5 o10 x19x139 k4x5 s3x2 p2x1",
+    "lines, no borders": "n2 c3 o20 x32x48 k8x8 s8",
+    "lines, cropped": "n1 c3 o20 x9x90 k3x3 p-2:1x-3:-4",
+    "lines, 3-D": "n1 c3 o12 x4x7x35 k3x3x3 s2x1x1 p2x1x1",
     "pointwise": "n2 c6 o71 x9x13 k1x1",
     "pointwise, few places": "n1 c8 o40 x2x2 k1x1",
     "pointwise, many": "n1 c16 o20 x40x40 k1x1",
@@ -99,6 +105,49 @@ def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
     monkeypatch.setattr(cuts, "natural", lru_cache(lambda *_: listed))
     for layout in (channels_inside, ODD["a window of pixels"]):
         check(algorithm_for(text), asked, integers, layout)
+
+
+LINES = {name: text for name, text in WAYS.items() if name.startswith("lines")}
+
+
+@every_width_in_time
+@every_type
+@pytest.mark.parametrize("text", LINES.values(), ids=LINES)
+def test_few_channels_are_read_in_lines(bits, text, dtype, as_if, monkeypatch):
+    """Whatever order the weight is in; an input whose pixels have a gap, or are no pixels, is gathered."""
+    as_if(bits)
+    asked = asked_for(text, dtype, channels_last=True, has_bias=True)
+    seen = axes.work(asked)
+    lines = partial(cuts.layout, reads=cuts.Reads.LINES)
+    monkeypatch.setattr(cuts, "natural", lru_cache(lambda work, merge=True: lines(work, merge)))
+    tensors = given(asked)
+    window = ODD["a window of pixels"](tensors.first)
+    apart = torch.cat([tensors.first] * 2, 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : seen.group_in]
+    for first, reads in (
+        (tensors.first, False),
+        (window, True),
+        (apart, False),
+        (channels_inside(tensors.first), True),
+    ):
+        assert (dense._source(seen, dense._places_of(seen, first.stride()))[0] == "lines") == reads
+        for second in (tensors.second, channels_inside(tensors.second)):
+            found = Tensors(first, second, *tensors[2:])
+            compare(direct.ALGORITHM, asked, result_of(direct.ALGORITHM, asked, *found), *found, to_the_bit=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("role", ["first", "second"])
+def test_the_last_of_an_odd_number_meets_no_neighbour(role, dtype):
+    """In lines, what lies behind the last number of a kernel's row belongs to another place, and may be infinite."""
+    asked = asked_for("n1 c3 o18 x7x20 k3x3 p1", dtype, channels_last=True)
+    for place in range(0, 54, 5):
+        tensors = given(asked)
+        broken = channels_inside(getattr(tensors, role))
+        broken.movedim(1, -1).view(-1)[place] = torch.inf
+        found = tensors._replace(**{role: broken})
+        result = result_of(direct.ALGORITHM, asked, *map(channels_inside, found[:2]), None, None)
+        right = exact(asked, *found[:2], None, None)
+        assert torch.equal(result.isfinite(), right.isfinite())
 
 
 @every_width
