@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 from checks import BY_NAME, CASES, check, given, integers, reals, refuses, request, result_of
+from guarded import guarded
 
-from plainconv.menu import ALGORITHMS
+from plainconv.menu import ALGORITHMS, base
 from plainconv.problem import ConvProblem, Direction
 
 PACKING = [algorithm for algorithm in ALGORITHMS if algorithm.pack]
@@ -80,6 +81,31 @@ def test_calls_of_other_sizes_share_what_was_made(name):
         algorithm.pack(asked, tensors, made)
     assert len(made) == 1
     assert made == made_before
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("name", ["direct", "pointwise", "winograd", "fft"])
+def test_nothing_outside_of_what_was_made_is_touched(name, at_end, monkeypatch):
+    """What is kept of a weight lies right before or right behind memory that faults, written and read."""
+    held = []
+
+    def lent(shape, strides, dtype):
+        held.append(guarded(torch.full(shape, 0xFF, dtype=dtype), at_end=at_end))
+        return held[-1]
+
+    monkeypatch.setattr(base, "LARGE", 0)
+    monkeypatch.setattr(base, "lent", lent)
+    for text in MORE:
+        for dtype, last in (
+            (torch.float32, False),
+            (torch.float32, True),
+            (torch.float64, True),
+            (torch.bfloat16, True),
+        ):
+            asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, packed=True, channels_last=last)
+            if not refuses(BY_NAME[name], asked):
+                check(once(BY_NAME[name], poisoned=True), asked, integers)
+    assert held, "nothing was made"
 
 
 def test_a_wrong_weight_is_seen():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import assembly
 import pytest
 import torch
 from checks import (
@@ -21,8 +22,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import plainconv
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import rows
 from plainconv.menu import lanes, separable
 from plainconv.menu.base import Tensors
+from plainconv.menu.engine import folded
 from plainconv.picture import KERNELS, apply, named_or_typed
 from plainconv.problem import ConvProblem, Direction
 
@@ -142,6 +145,21 @@ def test_nothing_outside_is_read_or_written(name, bits, direction, dtype, at_end
     SEPARABLE.run(asked, tensors, out, workspace)
     assert held == {"_tables", "_settled", "lines"}
     compare(SEPARABLE, asked, out, *tensors, to_the_bit=False)
+
+
+@assembly.every_target
+@pytest.mark.parametrize("text", ["n1 c1 o1 x1080x1920 k3x3 p1", "n1 c1 o1 x1080x1920 k9x9 p4"])
+def test_the_sums_stay_in_registers(text, target, monkeypatch):
+    monkeypatch.setattr(cpu.Target, "host", staticmethod(lambda: target))
+    separable._passes.cache_clear()
+    (passes,) = separable._passes(request(ConvProblem.parse(text), FORWARD, torch.float32))
+    separable._passes.cache_clear()
+    for part, tile_of in ((passes.across, separable._row), (passes.down, separable._tile)):
+        shape = lanes.shape_of(part, target, tile_of(part.request, target, folded(part.request.problem)))
+        code = cpu.assembly(rows.text(shape), target)
+        inside = assembly.main_tile(code)
+        assert assembly.products(inside) > 1
+        assert not assembly.spills(inside, code), "a vector is written to the stack"
 
 
 # -- which kernels ---------------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ every_width = pytest.mark.parametrize(
     "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
 )
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+both_types_in_time = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 both_layouts = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 both_directions = pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
 both_directions_in_time = pytest.mark.parametrize(
@@ -213,9 +216,10 @@ def test_random_problems(direction, problem, last, wide, bias, seed):
 
 @every_width
 @both_layouts
+@both_types_in_time
 @both_directions_in_time
 @pytest.mark.parametrize("text", [*WAYS.values(), BORDERS["reflect"]], ids=[*WAYS, "reflect"])
-def test_nothing_outside_is_touched(bits, direction, last, text, as_if, monkeypatch):
+def test_nothing_outside_is_touched(bits, direction, dtype, last, text, as_if, monkeypatch):
     """Every tensor, the tables and the workspace, right before and right behind memory that faults."""
     as_if(bits)
     problem = ConvProblem.parse(text)
@@ -224,7 +228,7 @@ def test_nothing_outside_is_touched(bits, direction, last, text, as_if, monkeypa
     if last and problem.dims == 1:
         pytest.skip("torch has no channels_last in one dimension")
     tables = winograd._tables
-    asked = asked_for(text, direction=direction, channels_last=last, has_bias=True, has_residual=True)
+    asked = asked_for(text, dtype, direction, channels_last=last, has_bias=True, has_residual=True)
 
     place = partial(guarded_inside, channels_last=last)
     for at_end in (True, False):
@@ -232,7 +236,7 @@ def test_nothing_outside_is_touched(bits, direction, last, text, as_if, monkeypa
         monkeypatch.setattr(winograd, "_tables", guarded_tables(tables, held, at_end=at_end))
         winograd.prepare.cache_clear()
         tensors = Tensors(*(place(tensor, at_end=at_end) for tensor in given(asked, reals)))
-        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan), at_end=at_end)
+        out = place(torch.full(asked.problem.shape_of(direction.makes), torch.nan, dtype=dtype), at_end=at_end)
         workspace = guarded(torch.full((ALGORITHM.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         winograd.run(asked, tensors, out, workspace)
         assert held, "the tables were not guarded"

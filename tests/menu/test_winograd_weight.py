@@ -28,6 +28,9 @@ every_width = pytest.mark.parametrize(
     "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
 )
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+both_types_in_time = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 both_layouts = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 
 # Where the kernels take another way.
@@ -171,14 +174,15 @@ def test_random_problems(problem, last, wide, bias, threads):
 
 @every_width
 @both_layouts
+@both_types_in_time
 @pytest.mark.parametrize("text", [*WAYS.values(), BORDERS["reflect"]], ids=[*WAYS, "reflect"])
-def test_nothing_outside_is_touched(bits, last, text, as_if, monkeypatch):
+def test_nothing_outside_is_touched(bits, dtype, last, text, as_if, monkeypatch):
     """Every tensor, the tables and the workspace, right before and right behind memory that faults."""
     as_if(bits)
     if last and ConvProblem.parse(text).dims == 1:
         pytest.skip("torch has no channels_last in one dimension")
     tables = winograd_weight._tables
-    asked = asked_for(text, channels_last=last, has_bias=True)
+    asked = asked_for(text, dtype, channels_last=last, has_bias=True)
 
     place = partial(guarded_inside, channels_last=last)
     for at_end in (True, False):
@@ -186,7 +190,7 @@ def test_nothing_outside_is_touched(bits, last, text, as_if, monkeypatch):
         monkeypatch.setattr(winograd_weight, "_tables", guarded_tables(tables, held, at_end=at_end))
         winograd_weight.prepare.cache_clear()
         first, second, bias, _ = (t if t is None else place(t, at_end=at_end) for t in given(asked, reals))
-        out = place(torch.full(asked.problem.weight_shape, torch.nan), at_end=at_end)
+        out = place(torch.full(asked.problem.weight_shape, torch.nan, dtype=dtype), at_end=at_end)
         workspace = guarded(torch.full((ALGORITHM.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
         winograd.run(asked, Tensors(first, second, bias), out, workspace)
         empty = 0 in (*first.shape, *second.shape, *out.shape)
