@@ -192,6 +192,18 @@ def test_a_long_sum_loses_little():
         assert abs(made.item() / second.double().sum().item() - 1) < 3e-5
 
 
+def test_a_long_sum_over_pixels_loses_little():
+    """Where lanes are channels."""
+    asked = asked_for("n1 c16 o16 x1000x1000 k1x1 g16", threads=1, has_bias=True, channels_last=True)
+    first, second = torch.ones(1, 16, 1000, 1000), torch.full((1, 16, 1000, 1000), 0.1)
+    tensors = Tensors(channels_inside(first), channels_inside(second), torch.empty(16))
+    out = torch.empty(16, 1, 1, 1)
+    workspace = torch.empty(depthwise.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
+    depthwise.ALGORITHM.run(asked, tensors, out, workspace)
+    for made in (out, tensors.bias):
+        assert (made.double() / second[0, 0].double().sum() - 1).abs().max() < 3e-5
+
+
 # -- channels_last ---------------------------------------------------------------------------------------------------
 
 INSIDE = {
