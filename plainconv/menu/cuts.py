@@ -33,6 +33,9 @@ FEW_CHANNELS = 32
 FEW_IN_LINES = 8  # channels
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
+MOST_PAIRS = (
+    14  # the same where scalars are pairs of a few places: fewer of these are made twice, at the price of SPILLED
+)
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
 FEW_PLACES = 256  # of a plane, as lanes: more of them have the same tile, so that a new size needs no new kernel
 
@@ -47,10 +50,11 @@ FIRST = 3.2  # a vector's beginning and end
 COPY = 3.2  # a vector gathered
 TILE = 7.6  # a tile's beginning and end
 ENTRY = 14.0  # an entry in the list of what to copy
-PIXEL = 6.0  # a pixel gathered
+PIXEL = 25.0  # a pixel gathered
 LISTED = 4.0  # an entry in the list of where taps are
 TAP = 6.0  # a tap of a tile, if taps are listed
 ADDRESS = 1.5  # and of each of its scalars
+SPILLED = 6.0  # a tap, listed or not, for each scalar of a tile beyond MOST_SCALARS
 SLOT = 3.0  # a row of a channel in the strip
 RUN = 20.0  # a piece of a channel, in or out, behind which memory goes on elsewhere
 BLOCK = 100.0  # a block's beginning and end
@@ -251,8 +255,10 @@ def _settled_tiles(outputs: int, spare: int, steps: float, load: float, row: boo
     return [tile for tile in tiles if tile.vectors in wide]
 
 
-def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: float, load: float, listed: float) -> float:
-    """Of the product of `scalars` x `vectors`, each a sum over `steps`, for which `listed` taps are looked up."""
+def _tile_cycles(
+    scalars: int, vectors: int, tile: Tile, steps: float, load: float, listed: float, taps: float = 0.0
+) -> float:
+    """Of the product of `scalars` x `vectors`, each a sum over `steps` of `taps`, `listed` of which are looked up."""
     whole, single = divmod(vectors, tile.vectors)
 
     def step(wide: int) -> float:
@@ -260,10 +266,11 @@ def _tile_cycles(scalars: int, vectors: int, tile: Tile, steps: float, load: flo
         return max(PRODUCT * sums, BROADCAST * tile.scalars) + STEP + load * wide
 
     sums = tile.scalars * (whole * tile.vectors + single)
+    spilled = taps * max(tile.scalars - MOST_SCALARS, 0) * SPILLED
     return -(-scalars // tile.scalars) * (
         steps * (whole * step(tile.vectors) + single * step(1))
         + FIRST * sums
-        + (TILE + listed * (TAP + tile.scalars * ADDRESS)) * (whole + single)
+        + (TILE + listed * (TAP + tile.scalars * ADDRESS) + spilled) * (whole + single)
     )
 
 
@@ -344,9 +351,11 @@ def ways(work: Work, merge: bool, reads: Reads) -> list[tuple[int, Layout]]:
         often = (1, 1)  # that there are so many, in a block and in the last one
         if lined and whole:
             often, most, last = (rows, high.out - (count - 1) * rows), cols, cols
-        for tile in settled or _tiles(*_factors(is_, work, most, lanes), spare):
+        few = is_.pairs and not (is_.places or lined) and most <= FEW_PLACES
+        most_scalars = MOST_PAIRS if few else MOST_SCALARS
+        for tile in settled or _tiles(*_factors(is_, work, most, lanes), spare, most_scalars):
             full, less = (
-                _tile_cycles(*_factors(is_, work, places, lanes), tile, steps, load, taps * listed)
+                _tile_cycles(*_factors(is_, work, places, lanes), tile, steps, load, taps * listed, taps)
                 for places in (most, last)
             )
             cycles = (full * often[0] * (count - 1) + less * often[1]) / count * vector * len(all_phases)
