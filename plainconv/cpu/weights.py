@@ -12,9 +12,11 @@ by side.  Both stay in the cache.
           tile   `scalars` (input channel, tap) x `vectors` of output channels, in registers
             n, f load vectors; broadcast scalars; acc[i][v] += scalar[i] * vector[v]
                  added to the sums of the chunk, in memory
+          write  the weight, if there is one chunk and this is its last block
 
-So a sum is one over a block, and then one over the blocks of a chunk; `total` adds the chunks, in their order, and
-writes the weight.  Who computes what depends on the number of shares alone, so the same call gives the same bits.
+So a sum is one over a block, and then one over the blocks of a chunk; of several chunks, `total` adds them, in their
+order, and writes the weight.  Of a single block, the sums of a unit are kept no longer than until they are written.
+Who computes what depends on the number of shares alone, so the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -26,26 +28,21 @@ from functools import lru_cache, reduce
 from plainconv.cpu.emit import SCALARS, Emit, Value
 from plainconv.cpu.gather import Gather
 
-POINTERS = ("x", "y", "sums", "scratch", "settled")  # what changes with every call
-TABLES = ("slots", "factors", "reach", "depth_table", "row_table", "col_table")  # addresses, then SIZES: in "settled"
+POINTERS = ("x", "y", "w", "bias", "sums", "scratch", "settled")  # what changes with every call
+# Addresses, and then SIZES and TOTAL_SIZES: in "settled".
+TABLES = ("slots", "factors", "reach", "depth_table", "row_table", "col_table")
 SIZES = (
     "share",  # elements of scratch of each share
     "entries",  # where in it the list of what to copy begins
     "turned",  # and the output's gradient
     "parts",  # shares are parts of the units x chunks of the blocks
-    "chunks",
     "units",
-    "channel_blocks",
-    "tiles",  # of output channels
-    "unit",  # sums of one unit; the last ones are the bias', if there is one
-    "chunk",  # sums of a chunk
+    "part",  # from the sums of a part to those of the next, ...
+    "next",  # ... and of a unit: 0 if they are written before the next unit's are made
     "blocks",
     "image_blocks",
     "block_images",
     "batch",
-    "group_in",
-    "group_out",
-    "block_channels",
     "taps",
     "last_factors",  # where in "factors" those of the last block of channels begin
     "x_image",
@@ -120,8 +117,9 @@ class _Weights:
         self.shape = shape
         self.e = e = Emit(shape.lanes, shape.element, shape.native)
         given = e.arguments(*("ptr",) * len(POINTERS))
-        settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES), within=given[-1])
-        self.given = dict(zip((*POINTERS, *TABLES, *SIZES), (*given, *settled), strict=True))
+        names = (*TABLES, *SIZES, *TOTAL_SIZES)
+        settled = e.arguments(*("ptr",) * len(TABLES), *("i64",) * len(SIZES + TOTAL_SIZES), within=given[-1])
+        self.given = dict(zip((*POINTERS, *names), (*given, *settled), strict=True))
         self.gather = Gather(e, self.given, shape.source, shape.stored, shape.stride)
 
     def kernel(self) -> str:
@@ -131,7 +129,7 @@ class _Weights:
             number = e.begin + i
             part, chunk = number // of["chunks"], number % of["chunks"]
             scratch = e.at(of["scratch"], number * of["share"])
-            sums = e.at(of["sums"], chunk * of["chunk"])
+            sums = e.at(of["sums"], chunk * of["chunk"] + part * of["part"])
             units = part * of["units"] // of["parts"], (part + 1) * of["units"] // of["parts"]
             blocks = chunk * of["blocks"] // of["chunks"], (chunk + 1) * of["blocks"] // of["chunks"]
             # What the units of a part share is gathered once: its first to its last (group, block of channels).
@@ -160,7 +158,7 @@ class _Weights:
         short = e.compare("slt", count, of["block_channels"])
         factors = e.at(of["factors"], e.select(short, of["last_factors"], e.number(0)), "i64")
         products = (count * of["taps"] + (shape.scalars - 1)) // shape.scalars
-        turned = e.at(scratch, of["turned"])
+        turned, alone = e.at(scratch, of["turned"]), e.compare("eq", of["chunks"], 1)
 
         def block(i: Value, carried: list[Value]) -> Sequence[Value]:
             number = blocks[0] + i
@@ -196,7 +194,7 @@ class _Weights:
                     return e.loop(e.select(merged, e.number(1), rows), acc, each_row)
 
                 bias = e.loop(some, [e.zero] * (shape.vectors * shape.bias), image)
-                into, first = e.at(sums, (which * of["tiles"] + tile) * of["unit"]), e.compare("eq", i, 0)
+                into, first = e.at(sums, (number := which * of["tiles"] + tile) * of["next"]), e.compare("eq", i, 0)
                 if shape.bias:
                     self.add(bias, e.at(into, of["unit"] - shape.width), first)
 
@@ -206,6 +204,8 @@ class _Weights:
                     return []
 
                 e.loop(products, [], each_tile)
+                done = e.compare("eq", e.select(alone, i + 1, e.number(0)), blocks[1] - blocks[0])
+                e.when(done, lambda: write(e, of, shape, number, into))
                 return []
 
             e.loop(some, [], strip)
@@ -310,10 +310,10 @@ class _Weights:
 TOTAL_POINTERS = ("sums", "w", "bias")
 TOTAL_SIZES = (
     "chunks",
-    "chunk",
-    "unit",
+    "chunk",  # sums of a chunk
+    "unit",  # and of a unit; the last ones are the bias', if there is one
     "channel_blocks",
-    "tiles",
+    "tiles",  # of output channels
     "group_in",
     "group_out",
     "block_channels",

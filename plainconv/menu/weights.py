@@ -20,7 +20,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import gather, weights
 from plainconv.cpu.emit import natives
-from plainconv.cpu.launch import launch_all
+from plainconv.cpu.launch import Job, launch_all
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, elements, work
 from plainconv.menu.base import ALIGNMENT, Bound, Cost, Tensors, moved_bytes
@@ -51,6 +51,7 @@ class Way(NamedTuple):
 
     rows, cols  of a block, and of how many images; strip: what it reads of one
     channels    input channels of a strip
+    blocks      how many there are
     parts       of the units that threads share, times chunks of the blocks: shares
     cycles      of one share
     """
@@ -62,9 +63,15 @@ class Way(NamedTuple):
     channels: int
     tile: Tile
     lanes: int
+    blocks: int
     parts: int
     chunks: int
     cycles: float
+
+    @property
+    def single(self) -> bool:
+        """Whether a unit has all its sums after one block: they are written before the next unit's are made."""
+        return self.blocks == self.chunks == 1
 
     @property
     def width(self) -> int:
@@ -138,11 +145,14 @@ def _ways(request: Request, merge: bool) -> Iterator[Way]:
                 seen = -(-max(1, -(-units // parts)) // tiles) if tiles > 1 else -(-units // parts)
                 cycles = share * spent + max(seen, 1) * gathers / chunks
                 cycles += units * count * sums * (chunks + 1) * TOTAL / threads
-                yield Way(rows, cols, images, strip, channels, tile, lanes, parts, chunks, cycles * vector)
+                yield Way(rows, cols, images, strip, channels, tile, lanes, blocks, parts, chunks, cycles * vector)
 
 
 class Room(NamedTuple):
-    """Elements of the pieces of the workspace; those of a share: strips, the output's gradient, the list of copies."""
+    """Elements of the pieces of the workspace; those of a share: strips, the output's gradient, the list of copies.
+
+    unit, chunk: sums of one; sums: of all that there is room for.
+    """
 
     pitch: int
     place: int
@@ -152,6 +162,7 @@ class Room(NamedTuple):
     share: int
     unit: int
     chunk: int
+    sums: int
 
 
 def _room(request: Request, way: Way, source: str) -> Room:
@@ -168,14 +179,15 @@ def _room(request: Request, way: Way, source: str) -> Room:
     unit = (padded(way.channels * problem.taps, way.tile.scalars) + request.has_bias) * way.width
     units = problem.groups * -(-problem.group_in // max(way.channels, 1)) * -(-problem.group_out // way.width)
     pitch, place = (by_pixel, by_pixel) if pixels else (by_row, 1)
-    return Room(pitch, place, strip, turned, entries, padded(share, line), unit, units * unit)
+    sums = way.parts * unit if way.single else way.chunks * units * unit
+    return Room(pitch, place, strip, turned, entries, padded(share, line), unit, units * unit, sums)
 
 
 def _bytes(request: Request, way: Way) -> int:
     """Of the workspace, however the tensors lie in memory."""
     rooms = [_room(request, way, source) for source in ("rows", "pixels")]
     share = max(room.share for room in rooms)
-    return (way.chunks * rooms[0].chunk + way.parts * way.chunks * share) * summed(request)[1]
+    return (rooms[0].sums + way.parts * way.chunks * share) * summed(request)[1]
 
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
@@ -205,7 +217,7 @@ class Prepared:
     tables: Tensor
     shares: int
     sums_bytes: int
-    total: cpu.Kernel
+    total: cpu.Kernel | None  # if there are several chunks
     total_sizes: tuple[int, ...]
     total_tasks: int
 
@@ -251,26 +263,20 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         offsets = [sum(pair) for pair in (product(in_kernel, in_strip) if inside else product(in_strip, in_kernel))]
         factors += offsets + [0] * (-len(offsets) % one.tile.scalars)
     row_blocks, col_blocks = -(-high.out // one.rows), -(-width.out // one.cols)
-    image_blocks = -(-problem.batch // one.images)
+    image_blocks, units = -(-problem.batch // one.images), problem.groups * channel_blocks * tiles
     tables, addresses = _tables(problem.padding_mode, axes, one, source, factors)
     sizes = {
         "share": room.share,
         "entries": room.entries,
         "turned": room.turned,
         "parts": one.parts,
-        "chunks": one.chunks,
-        "units": problem.groups * channel_blocks * tiles,
-        "channel_blocks": channel_blocks,
-        "tiles": tiles,
-        "unit": room.unit,
-        "chunk": room.chunk,
-        "blocks": depth.out * row_blocks * col_blocks * image_blocks,
+        "units": units,
+        "part": room.unit * one.single,
+        "next": room.unit * (not one.single),
+        "blocks": one.blocks,
         "image_blocks": image_blocks,
         "block_images": one.images,
         "batch": problem.batch,
-        "group_in": problem.group_in,
-        "group_out": problem.group_out,
-        "block_channels": one.channels,
         "taps": problem.taps,
         "last_factors": padded(one.channels * problem.taps, one.tile.scalars),
         "x_image": x_strides[0],
@@ -320,15 +326,16 @@ def prepare(request: Request, x_strides: tuple[int, ...], y_strides: tuple[int, 
         "w_u": problem.group_in,
         "v_each": 1 if inside else problem.taps,
     }
+    numbers = tuple(total_sizes[name] for name in weights.TOTAL_SIZES)
     ready = Prepared(
         cpu.compile(weights.text(shape), target),
-        torch.tensor([*addresses, *(sizes[name] for name in weights.SIZES)]),
+        torch.tensor([*addresses, *(sizes[name] for name in weights.SIZES), *numbers]),
         tables,
         one.parts * one.chunks,
-        one.chunks * room.chunk * size,
-        cpu.compile(weights.total(shape), target),
-        tuple(total_sizes[name] for name in weights.TOTAL_SIZES),
-        sizes["units"],
+        room.sums * size,
+        cpu.compile(weights.total(shape), target) if one.chunks > 1 else None,
+        numbers,
+        units,
     )
     weigh(ready, tables.nbytes)
     return ready
@@ -364,18 +371,15 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     if not request.problem.multiplies:
         return engine.zeros
     ready, threads = prepare(request, tensors.first.stride(), tensors.second.stride()), request.threads
-    if ready.shares == 1:  # and few sums to add
-        threads = engine.movers(ready.sums_bytes, threads)
     settled = ready.settled.data_ptr()
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, y, bias, _ = tensors
         sums, made = workspace.data_ptr(), (out.data_ptr(), 0 if bias is None else bias.data_ptr())
-        pointers = (x.data_ptr(), y.data_ptr(), sums, sums + ready.sums_bytes, settled)
-        jobs = (
-            (ready.kernel, pointers, ready.shares, False),
-            (ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, True),
-        )
-        launch_all(jobs, threads)
+        pointers = (x.data_ptr(), y.data_ptr(), *made, sums, sums + ready.sums_bytes, settled)
+        jobs: list[Job] = [(ready.kernel, pointers, ready.shares, False)]
+        if ready.total is not None:
+            jobs.append((ready.total, (sums, *made, *ready.total_sizes), ready.total_tasks, True))
+        launch_all(jobs, threads if ready.shares > 1 else 1)
 
     return call
