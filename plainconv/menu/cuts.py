@@ -33,9 +33,7 @@ FEW_CHANNELS = 32
 FEW_IN_LINES = 8  # channels
 PARTS = 16  # of the output channels, at most, so that threads get equal shares
 MOST_SCALARS = 8  # of a tile; each has its own address, and integer registers are few
-MOST_PAIRS = (
-    14  # the same where scalars are pairs of a few places: fewer of these are made twice, at the price of SPILLED
-)
+MOST_PAIRS = 14  # the same of pairs of few places: fewer of these are made twice, at the price of SPILLED
 PLACES = (8192, 4096, 2048, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16)  # of a block
 FEW_PLACES = 256  # of a plane, as lanes: more of them have the same tile, so that a new size needs no new kernel
 
