@@ -165,6 +165,7 @@ class Rolling(NamedTuple):
 APART = (Rolling(1, 256), Rolling(4, 128), Rolling(16, 32))
 BESIDE = (Rolling(4, 128), Rolling(16, 32), Rolling(64, 8))
 ROWS = 4  # of a tile, where there are rows
+MOST_TAPS = 16  # that a tile has sums for
 ROLLING = Blocks(0, 4, 3)
 
 
@@ -261,9 +262,14 @@ def split_of(request: Request) -> Split:
     problem, (most, depth) = request.problem, tile_of(request)
     outputs, inputs = blocks_of(problem.group_out).outputs, enough(problem.group_in, most)
     count = problem.groups * problem.taps * tiles(problem.group_out, outputs) * tiles(problem.group_in, inputs)
+    return Split(outputs, inputs, depth, count, *_parts(problem, count, depth))
+
+
+def _parts(problem: ConvProblem, count: int, depth: int) -> tuple[int, int]:
+    """Into how many parts the places are cut for so many tiles of a weight, and how many steps each of them has."""
     steps = max(tiles(problem.batch * math.prod(problem.out), depth), 1)
     part = tiles(steps, min(max(BUSY // max(count, 1), 1), steps))
-    return Split(outputs, inputs, depth, count, tiles(steps, part), part)
+    return tiles(steps, part), part
 
 
 def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
@@ -311,6 +317,79 @@ def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
             "INPUTS": split.inputs,
             "DEPTH": split.depth,
             **blocks.options,
+        },
+    )
+
+
+class Taps(NamedTuple):
+    """The same where channels are few: a tile, the taps that it has sums for, and the parts."""
+
+    tile: Rolling
+    lines: int
+    columns: int
+    tiles: int
+    parts: int
+    part: int
+
+
+def taps_of(request: Request) -> Taps:
+    """By the sizes alone, as `split_of`."""
+    problem = request.problem
+    deep, high, wide = three(problem.kernel, 1)
+    columns = min(wide, MOST_TAPS)
+    lines = min(high, MOST_TAPS // columns)
+    several = request.channels_last and problem.groups > 1
+    tiled = problem.out_channels if several else problem.group_out
+    tile = rolling_of(request, tiled)
+    count = problem.out_channels // tiled * tiles(tiled, tile.outputs) * problem.group_in
+    count *= deep * tiles(high, lines) * tiles(wide, columns)
+    return Taps(tile, lines, columns, count, *_parts(problem, count, tile.places))
+
+
+def taps(request: Request, x: Tensor, y: Tensor) -> Launch:
+    """GRAD_WEIGHT without matrix units, in the parts of `taps_of`; called as `weights`."""
+    from plainconv.gpu.kernels.taps import taps as kernel
+
+    problem, split, widest = request.problem, taps_of(request), VECTOR // x.dtype.itemsize
+    x_last, y_last = _channels_last(x, request), _channels_last(y, request)
+    each = problem.group_out if request.channels_last and problem.groups > 1 else 0
+    groups = 1 if each else problem.groups
+    of_x, of_y = _strides(x.shape, x.stride()), _strides(y.shape, y.stride())
+    x_unit = math.gcd(widest, *of_x) if x_last and each == problem.group_in == 1 else 1
+    y_unit = math.gcd(widest, problem.out_channels // groups, *of_y) if y_last else 1
+    return Launch(
+        kernel,
+        split.tiles * split.parts,
+        (
+            problem.batch,
+            problem.out_channels // groups // y_unit,
+            groups,
+            split.part,
+            *three((lo for lo, _ in problem.padding), 0),
+            *three(_ends(problem), 1),
+            *three(problem.out, 1),
+            x.stride(1),
+            *(stride // x_unit for stride in of_x),
+            y.stride(1),
+            *(stride // y_unit for stride in of_y),
+        ),
+        {
+            "KERNEL": three(problem.kernel, 1),
+            "STRIDE": three(problem.stride, 1),
+            "DILATION": three(problem.dilation, 1),
+            "MODE": problem.padding_mode,
+            "X_LAST": x_last,
+            "Y_LAST": y_last,
+            "CHANNELS": request.channels_last,
+            "X_UNIT": x_unit,
+            "Y_UNIT": y_unit,
+            "INNER": problem.group_in,
+            "EACH": each,
+            "PLACES": split.tile.places,
+            "OUTPUTS": split.tile.outputs,
+            "LINES": split.lines,
+            "COLUMNS": split.columns,
+            **ROLLING.options,
         },
     )
 

@@ -4,6 +4,7 @@
 
 The kernel reads all tensors as they lie, takes care of borders and strides itself, and keeps rows in registers while
 taps pass over them: plainconv/gpu/kernels/rolling.py.  The gradient for the input is the same, in phases of the stride.
+That for the weight has a sum for each tap in registers (kernels/taps.py), and is made in parts, as split.py says.
 
 Cost: n * o * c/g * taps * out multiplies, outputs rounded up to those of a tile, and each tensor moved once.
 """
@@ -16,20 +17,13 @@ import torch
 from torch import Tensor
 
 from plainconv.gpu import launch
-from plainconv.menu import implicit
+from plainconv.menu import split
 from plainconv.menu.base import Bound, Cost, Tensors, machine, moved_bytes
 from plainconv.menu.engine import padded
 from plainconv.problem import FORMATS, Direction, Request
 
 MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units win
 SPEED = 2.0  # products without them, beside those of float32 in matrices
-
-
-def why_not(request: Request) -> str | None:
-    """The sentence for what the kernel does not do."""
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "on a GPU it has no kernel for the gradient for a weight"
-    return implicit.why_not(request)
 
 
 def too_many(request: Request) -> str | None:
@@ -51,13 +45,18 @@ def cost(request: Request) -> Cost:
         made = problem.groups * padded(outer, launch.rolling_of(request, outer).outputs)
     multiplies = problem.batch * math.prod(places) * made * inner * problem.taps
     speeds, moved = machine(request), moved_bytes(request)
-    slow = 2.0 if request.dtype.itemsize == 8 else 1.0
-    seconds = max(multiplies * slow / (speeds.multiplies * SPEED), moved / speeds.bytes)
+    speed = speeds.multiplies * SPEED / max(request.dtype.itemsize // 4, 1)
+    if request.direction is Direction.GRAD_WEIGHT:
+        return split.priced(request, launch.taps_of(request).parts, multiplies, speed)
+    seconds = max(multiplies / speed, moved / speeds.bytes)
     return Cost(multiplies, moved, 0, speeds.call + seconds)
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        parts = launch.taps_of(request).parts
+        return split.added(request, parts, launch.taps(request, tensors.first, tensors.second))
     shape = request.problem.shape_of(request.direction.makes)
     lies = FORMATS[len(shape)] if request.channels_last else torch.contiguous_format
     strides = torch.empty(shape, dtype=request.dtype, device="meta", memory_format=lies).stride()

@@ -37,18 +37,29 @@ from plainconv.problem import Request
 
 def cost(request: Request) -> Cost:
     """Sizes rounded up to those of the tiles; the sums of the parts are written, and read."""
-    problem, room = request.problem, workspace_bytes(_buffers(request))
-    split = launch.split_of(request)
+    problem, split = request.problem, launch.split_of(request)
     multiplies = problem.groups * problem.taps * padded(problem.group_out, split.outputs)
     multiplies *= padded(problem.group_in, split.inputs) * padded(problem.batch * math.prod(problem.out), split.depth)
-    speeds, moved = machine(request), moved_bytes(request) + 2 * room
-    seconds = max(multiplies / implicit.speed(request), moved / speeds.bytes)
+    return priced(request, split.parts, multiplies, implicit.speed(request))
+
+
+def priced(request: Request, parts: int, multiplies: int, speed: float) -> Cost:
+    """What so many multiplications cost, so many a second, and parts that are added."""
+    speeds, room = machine(request), workspace_bytes(kept(request, parts))
+    moved = moved_bytes(request) + 2 * room
+    seconds = max(multiplies / speed, moved / speeds.bytes)
     return Cost(multiplies, moved, room, (3 + request.makes_bias) * speeds.call + seconds)
 
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills the gradient, and a bias' beside it, for tensors that lie in memory as these."""
-    buffers, fill = _buffers(request), launch.weights(request, tensors.first, tensors.second)
+    parts = launch.split_of(request).parts
+    return added(request, parts, launch.weights(request, tensors.first, tensors.second))
+
+
+def added(request: Request, parts: int, fill: launch.Launch) -> Bound:
+    """The same, of a kernel that fills the sums of so many parts."""
+    buffers = kept(request, parts)
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         parts, total = carve(workspace, buffers)
@@ -61,8 +72,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     return run
 
 
-def _buffers(request: Request) -> list[Buffer]:
+def kept(request: Request, parts: int) -> list[Buffer]:
     """The sums of each part, and their sum: channels innermost."""
     o, c, *kernel = request.problem.weight_shape
-    kept = compute_dtype(request.dtype)
-    return [Buffer((launch.split_of(request).parts, o, *kernel, c), kept), Buffer((o, *kernel, c), kept)]
+    dtype = compute_dtype(request.dtype)
+    return [Buffer((parts, o, *kernel, c), dtype), Buffer((o, *kernel, c), dtype)]

@@ -1,4 +1,4 @@
-"""Which image and place a number stands for, what a phase of a stride has, and where things lie in memory."""
+"""Which image and place a number stands for, what a phase of a stride has, where things lie in memory."""
 
 import triton
 import triton.language as tl
@@ -24,3 +24,12 @@ def phase_of(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION:
     for t in range(min(PERIOD, KERNEL)):
         first = tl.where((r + low - t * DILATION) % STRIDE == 0, t, first)
     return first, tl.cdiv(KERNEL - first, PERIOD), (r + low - first * DILATION) // STRIDE, tl.cdiv(size - r, STRIDE)
+
+
+@triton.jit
+def repeated(v, TIMES: tl.constexpr):
+    """A tuple of so many."""
+    many = ()
+    for _ in tl.static_range(TIMES):
+        many = many + (v,)
+    return many

@@ -22,7 +22,7 @@ import triton.language as tl
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import offset_of, phase_of, place_of
+from plainconv.gpu.kernels.places import offset_of, phase_of, place_of, repeated
 
 
 @triton.jit
@@ -32,14 +32,6 @@ def _loaded(pointers, inside, h, low, end, stride, MODE: tl.constexpr, ADJOINT: 
         h = shown(h, low, end, MODE)
     pointers += tl.expand_dims(h.to(tl.int64) * stride, 1 - M)
     return tl.load(pointers, mask=inside & tl.expand_dims((h >= 0) & (h < end), 1 - M), other=0.0)
-
-
-@triton.jit
-def _repeated(v, TIMES: tl.constexpr):
-    many = ()
-    for _ in tl.static_range(TIMES):
-        many = many + (v,)
-    return many
 
 
 @triton.jit
@@ -163,7 +155,7 @@ def rolling(
 
     # -- the sums ----------------------------------------------------------------------------------------------------
     zeros = tl.zeros((PLACES, OUTPUTS) if MADE_LAST else (OUTPUTS, PLACES), SUM)
-    total = _repeated(zeros, ROWS)
+    total = repeated(zeros, ROWS)
     for step in range(INNER * taps_d * taps_w * TURN):
         turn, t_w, rest = step % TURN, step // TURN % taps_w, step // TURN // taps_w
         t_d, k = rest % taps_d, rest // taps_d if INNER > 1 else 0
