@@ -24,7 +24,7 @@ from torch import Tensor
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.store import Store, user_store
 from plainconv.menu.base import Tensors
-from plainconv.problem import FORMATS, Request
+from plainconv.problem import DEFAULT_PRECISION, FORMATS, Request
 from plainconv.timing import Timing, in_turn, processor
 from plainconv.version import __version__
 
@@ -168,11 +168,11 @@ def _told(request: Request) -> dict[str, Any]:
         "activation": request.activation,
         "threads": request.threads,
         "max_workspace": request.max_workspace,
-        "precision": request.precision,
         "plainconv": __version__,
         "torch": torch.__version__,
         **({"packed": True} if request.packed else {}),
         **({"tf32": True} if request.tf32 else {}),
+        **({} if request.precision == DEFAULT_PRECISION else {"precision": request.precision}),
     }
 
 

@@ -158,6 +158,22 @@ def test_highest_lets_nothing_in_that_may_be_off_by_more_than_a_plain_sum(text, 
         plan(asked, "fft")
 
 
+def test_highest_keeps_torchs_own_from_rounding_to_tf32():
+    problem = ConvProblem.parse("n1 c4 o4 x9x9 k3x3 p1")
+    asked = request(problem, Direction.FORWARD, torch.float32, allow_builtin=True, precision="highest")
+    builtin = BY_NAME["builtin"]
+    assert builtin.why_not(asked) is None
+    assert "round float32 to TF32" in builtin.why_not(replace(asked, device="cuda"))
+    assert builtin.why_not(replace(asked, device="cuda", dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
+def test_highest_lets_the_definition_in(dtype):
+    x, w = torch.ones(1, 4, 5, 5, dtype=dtype), torch.ones(2, 4, 4, 4, dtype=dtype)
+    for name in ("loops", "reference"):
+        assert (plainconv.conv2d(x, w, algorithm=name, precision="highest") == 64).all()
+
+
 def test_highest_makes_smaller_tiles(served):
     """Of F(4,3) and F(2,3), with more of the digits."""
     x, w = torch.randn(1, 64, 28, 28, dtype=torch.float64), torch.randn(64, 64, 3, 3, dtype=torch.float64)

@@ -48,7 +48,8 @@ class _Processor(Protocol):
 def natives(target: _Processor) -> frozenset[str]:
     """What `Emit` may leave to a processor: "half" (converted by one instruction), "pairs" (bfloat dot products).
 
-    A kernel that has "pairs" may add "flush": its sums know no denormals, so they are rounded by one instruction.
+    A kernel that has "pairs" may add "flush": its sums know no denormals, so what it stores is rounded by one
+    instruction that knows none either.
     """
     half = target.machine == "aarch64" or target.has("f16c")
     return frozenset({"half"} if half else ()) | frozenset({"pairs"} if target.has("avx512bf16") else ())

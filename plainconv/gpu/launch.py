@@ -185,7 +185,7 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     from plainconv.gpu.kernels.rolling import rolling as kernel
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
-    inner, outer, end, size, period, places, phases = _map(request)
+    inner, outer, end, size, period, _, phases = _map(request)
     widest = VECTOR // read.dtype.itemsize
     read_last, made_last = _channels_last(read, request), request.channels_last
     each = outer if made_last and problem.groups > 1 else 0
@@ -196,13 +196,9 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     read_unit = math.gcd(widest, *reads) if read_last and each == inner == 1 else 1
     made_unit = math.gcd(widest, tiled, *makes) if made_last else 1
 
-    stride, dilation, step = (three(sides, 1)[1] for sides in (problem.stride, problem.dilation, period))
-    along, between = (1, dilation * step // stride) if adjoint else (stride, dilation)
-    shared = math.gcd(along, between)
-    gap, turn = between // shared, along // shared
-    rows, tile = (ROWS if problem.dims > 1 else 1), rolling_of(request, tiled)
-    deep, high, wide = three(places, 1)
-    programs = tiles(problem.batch * deep * tiles(high, gap * rows) * gap * wide, tile.places)
+    gap, turn = _gaps(request)
+    tile = rolling_of(request, tiled)
+    programs = tiles(starts_of(request), tile.places)
     weighs = weight.stride()
     return Launch(
         kernel,
@@ -238,12 +234,37 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
             "ACTIVATION": request.activation,
             "PLACES": tile.places,
             "OUTPUTS": tile.outputs,
-            "ROWS": rows,
+            "ROWS": _rows(problem),
             "GAP": gap,
             "TURN": turn,
             **ROLLING.options,
         },
     )
+
+
+def _rows(problem: ConvProblem) -> int:
+    return ROWS if problem.dims > 1 else 1
+
+
+def _gaps(request: Request) -> tuple[int, int]:
+    """Rows from one of a tile to the next, and taps until it sees what that one saw: see kernels/rolling.py."""
+    taps, stride, dilation, period = (
+        three(sides, 1)[1]
+        for sides in (request.problem.kernel, request.problem.stride, request.problem.dilation, _map(request).period)
+    )
+    if taps == 1:
+        return 1, 1
+    adjoint = request.direction is Direction.GRAD_INPUT
+    along, between = (1, dilation * period // stride) if adjoint else (stride, dilation)
+    shared = math.gcd(along, between)
+    return between // shared, along // shared
+
+
+def starts_of(request: Request) -> int:
+    """Places where tiles of rows begin, of all images (and of one phase)."""
+    deep, high, wide = three(_map(request).places, 1)
+    gap, _ = _gaps(request)
+    return request.problem.batch * deep * tiles(high, gap * _rows(request.problem)) * gap * wide
 
 
 class Split(NamedTuple):
@@ -341,7 +362,7 @@ def taps_of(request: Request) -> Taps:
     several = request.channels_last and problem.groups > 1
     tiled = problem.out_channels if several else problem.group_out
     tile = rolling_of(request, tiled)
-    count = problem.out_channels // tiled * tiles(tiled, tile.outputs) * problem.group_in
+    count = (1 if several else problem.groups) * tiles(tiled, tile.outputs) * problem.group_in
     count *= deep * tiles(high, lines) * tiles(wide, columns)
     return Taps(tile, lines, columns, count, *_parts(problem, count, tile.places))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plainconv.border import Run, runs
-from plainconv.menu.base import INTEGERS, Algorithm, Cost, Tensors, compute_dtype
+from plainconv.menu.base import INTEGERS, Algorithm, Cost, Tensors, compute_dtype, sum_error
 from plainconv.problem import ConvProblem, Direction, Request
 
 PRODUCTS_PER_SECOND = 2e6
@@ -109,7 +109,7 @@ def _cost(request: Request) -> Cost:
 
 
 def _error(request: Request) -> float:
-    return 1.0 if compute_dtype(request.dtype).itemsize < 8 else float(request.problem.terms(request.direction) + 1)
+    return 1.0 if compute_dtype(request.dtype).itemsize < 8 else sum_error(request)
 
 
 ALGORITHM = Algorithm("loops", _why_not, _cost, _error, _run)

@@ -4,7 +4,7 @@
 
 m counts the places of all images.  A weight has few tiles, so the long sum is cut into as many parts as keep a GPU
 busy; their sums lie side by side in the workspace, in the type of the sums, and are added in order.  How many there are
-depends on the sizes alone, so that the same call gives the same bits on every GPU.
+depends on the sizes alone, so that the same call gives the same bits on the same GPU.
 
 Cost: n * o * c/g * taps * out multiplies, sizes rounded up to those of a tile.  The workspace is a weight for each
 part.

@@ -29,9 +29,7 @@ TILES = ("n2 c12 o12 x9x7 k3x3 p1 g12", "n2 c12 o3 x5x6 k3x2 s2x1 p1", "n1 c18 o
 # Each case in one direction and format, in turn; in the others it is slow.
 EVERY = [
     pytest.param(text, direction, last, marks=() if (i + 2 * j + k) % 6 in (0, 3) else pytest.mark.slow)
-    for i, text in enumerate(
-        [*CASES.values(), "n2 c6 o3 x9x8 k4x3 s2x3 d3x2 p4x2 g3", "n1 c2 o2 x23x5 k9x2 d2x1 p8x1 g2"]
-    )
+    for i, text in enumerate([*CASES.values(), *MORE])
     for j, direction in enumerate(Direction)
     for k, last in enumerate((False, True))
     if min(ConvProblem.parse(text).group_in, ConvProblem.parse(text).group_out) <= 8
@@ -45,9 +43,7 @@ def test_every_border_stride_and_rank(text, direction, last, interpreted):
 
 @directions
 @formats
-@pytest.mark.parametrize(
-    "text", ["n2 c12 o12 x9x7 k3x3 p1 g12", "n2 c12 o3 x5x6 k3x2 s2x1 p1", "n1 c18 o18 x4x3 k3x3 p1 g9"]
-)
+@pytest.mark.parametrize("text", TILES)
 def test_many_tiles(text, direction, last, interpreted):
     check_both(interpreted, text, direction, last=last, small=True)
 

@@ -342,9 +342,11 @@ def test_a_kernel_as_large_as_the_image_is_a_product_of_matrices(text, channels_
 
 
 @both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
 @pytest.mark.parametrize("text", ONE_PLACE)
-def test_nothing_outside_of_a_product_of_matrices_is_touched(text, channels_last, monkeypatch):
-    between_guards(text, torch.float32, Direction.FORWARD, channels_last, monkeypatch)
+def test_nothing_outside_of_a_product_of_matrices_is_touched(text, direction, dtype, channels_last, monkeypatch):
+    between_guards(text, dtype, direction, channels_last, monkeypatch)
 
 
 def between_guards(text, dtype, direction, channels_last, monkeypatch):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
-from checks import BY_NAME, check, given, integers, reals, refuses, request
+from checks import BY_NAME, check, compare, given, integers, reals, refuses, request
+from guarded import guarded, guarded_inside
 
 from plainconv.menu import fold, winograd
+from plainconv.menu.base import Tensors
 from plainconv.problem import ConvProblem, Direction
 from plainconv.remember import forget
 
@@ -55,6 +58,24 @@ def test_both_ways(way, name, text, dtype):
     full = dataclasses.replace(asked, has_bias=True, has_residual=True, activation="relu", channels_last=last)
     if not refuses(BY_NAME[name], full):
         check(BY_NAME[name], full, integers)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_nothing_outside_is_touched(way, text, dtype, last, at_end):
+    """Every tensor and the workspace, right before or right behind memory that faults."""
+    asked = request(ConvProblem.parse(text), Direction.GRAD_INPUT, dtype, channels_last=last, has_bias=True, threads=2)
+    place = partial(guarded_inside, channels_last=asked.channels_last, at_end=at_end)
+    for algorithm in map(BY_NAME.get, FOLDING):
+        if refuses(algorithm, asked):
+            continue
+        tensors = Tensors(*(tensor if tensor is None else place(tensor) for tensor in given(asked, reals)))
+        out = place(torch.full(asked.problem.input_shape, torch.nan, dtype=dtype))
+        workspace = guarded(torch.full((algorithm.cost(asked).workspace,), 0xFF, dtype=torch.uint8), at_end=at_end)
+        algorithm.run(asked, tensors, out, workspace)
+        compare(algorithm, asked, out, *tensors, to_the_bit=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

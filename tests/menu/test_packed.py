@@ -84,8 +84,9 @@ def test_calls_of_other_sizes_share_what_was_made(name):
 
 
 @pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
 @pytest.mark.parametrize("name", ["direct", "pointwise", "winograd", "fft"])
-def test_nothing_outside_of_what_was_made_is_touched(name, at_end, monkeypatch):
+def test_nothing_outside_of_what_was_made_is_touched(name, direction, at_end, monkeypatch):
     """What is kept of a weight lies right before or right behind memory that faults, written and read."""
     held = []
 
@@ -102,7 +103,7 @@ def test_nothing_outside_of_what_was_made_is_touched(name, at_end, monkeypatch):
             (torch.float64, True),
             (torch.bfloat16, True),
         ):
-            asked = request(ConvProblem.parse(text), Direction.FORWARD, dtype, packed=True, channels_last=last)
+            asked = request(ConvProblem.parse(text), direction, dtype, packed=True, channels_last=last)
             if not refuses(BY_NAME[name], asked):
                 check(once(BY_NAME[name], poisoned=True), asked, integers)
     assert held, "nothing was made"

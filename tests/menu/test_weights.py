@@ -23,6 +23,7 @@ every_width = pytest.mark.parametrize("bits", BITS)
 every_width_in_time = pytest.mark.parametrize(
     "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
 )
+HELD = [torch.float32, torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1::2])]
 every_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
@@ -116,7 +117,7 @@ def test_memory_of_any_strides(text, layout, dtype, channels_last):
 
 @every_width_in_time
 @both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", HELD, ids=str)
 @pytest.mark.parametrize("text", ALL.values(), ids=ALL)
 def test_nothing_outside_is_touched(bits, text, dtype, channels_last, as_if, monkeypatch):
     """Every tensor, every table and the workspace, right before and right behind memory that faults."""

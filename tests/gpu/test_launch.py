@@ -1,0 +1,44 @@
+"""How the GPU's launches are counted; nothing is launched."""
+
+import math
+
+import pytest
+import torch
+from checks import BY_NAME
+
+from plainconv.gpu import launch
+from plainconv.problem import ConvProblem, Direction, Request
+
+
+def asked(text, direction=Direction.FORWARD, **more):
+    return Request(ConvProblem.parse(text), direction, torch.float32, "cuda", **more)
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    ["n2 c3 o0 x8x8 k3x3", "n2 c0 o3 x8x8 k3x3", "n0 c3 o4 x8x8 k3x3", "n2 c4 o0 x8x8 k3x3 g4", "n2 c1 o0 x8 k3"],
+)
+def test_tensors_without_elements_have_a_cost(text, last, direction, monkeypatch):
+    monkeypatch.setattr(launch, "why_not", lambda: None)
+    for name in ("direct", "narrow", "depthwise"):
+        request = asked(text, direction, channels_last=last)
+        if BY_NAME[name].why_not(request) is None:
+            assert BY_NAME[name].cost(request).seconds > 0
+
+
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
+def test_a_dilation_along_rows_of_one_tap_means_nothing(direction):
+    near = asked("n8 c64 o64 x8x16000 k1x3 d1x512 p0x512 g64", direction)
+    far = asked("n8 c64 o64 x8x16000 k1x3 d512x512 p0x512 g64", direction)
+    assert launch.starts_of(near) == launch.starts_of(far) == 8 * 2 * 16000
+
+
+@pytest.mark.parametrize("text", ["n1 c8 o8 x4x4096 k2x3 d16384x1 p8192x1 g8", "n1 c8 o8 x40x9 k5x3 s7x1 d9x1 p4x1 g8"])
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
+def test_what_is_counted_has_no_more_places_than_are_let_in(text, direction):
+    """Rows are rounded up to the dilation, which the padded rows exceed: counts stay below 2^31."""
+    request = asked(text, direction)
+    problem = request.problem
+    assert launch.starts_of(request) < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
