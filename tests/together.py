@@ -1,5 +1,6 @@
 """What each of several processes does in test_processes.py: python together.py FILE, with torchrun's variables set."""
 
+import gc
 import json
 import os
 import sys
@@ -65,6 +66,7 @@ def first(team: Team, folder: Path) -> list[str]:
 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
+    gc.disable()  # only who asks for it collects
     folder = file.parent / "turns"
     folder.mkdir(exist_ok=True)
     with joined(torch.device("cpu")) as team:
@@ -76,6 +78,7 @@ def main(file: Path) -> None:
             "sharded": swapped(team, sharded=True),
             "first": first(team, folder),
         }
+    told["left"] = sum(isinstance(net, nn.parallel.DistributedDataParallel) for net in gc.get_objects())
     file.with_suffix(f".{team.rank}").write_text(json.dumps(told))
 
 

@@ -42,7 +42,8 @@ class Blocks(NamedTuple):
 # The first that holds a group's channels, or the last.
 IMPLICIT = (Blocks(16, 4, 3), Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(128, 8, 3))
 # By the bytes of a number.  Products without matrix units have both factors of a step in registers.
-PLACES = {2: 128, 4: 64, 8: 32}  # of a tile
+PLACES = {2: 128, 4: 64, 8: 32}  # of a tile, ...
+EXACT = 32  # ... and of float32 that is not rounded to TF32
 DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) of a step, at most
 BUSY = 512  # programs that keep a GPU busy
 
@@ -55,6 +56,8 @@ def blocks_of(outputs: int) -> Blocks:
 def tile_of(request: Request) -> tuple[int, int]:
     """Places (or channels) along a tile, depth of a step; numbers that lie apart take registers for their addresses."""
     places, depth = PLACES[request.dtype.itemsize], DEPTH[request.dtype.itemsize]
+    if request.dtype is torch.float32 and not request.tf32:
+        places = EXACT
     return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
 
 

@@ -10,6 +10,7 @@ that this is the gradient of the mean loss over the whole batch, also where shar
 One process alone is the same with p = 1, and needs no group.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,3 +92,6 @@ def joined(device: torch.device) -> Iterator[Team]:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+        # Wrapped nets refer to themselves, and to the group: until they are collected its threads go on, and one that
+        # still lets a tensor go while Python ends aborts the process.
+        gc.collect()

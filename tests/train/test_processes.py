@@ -61,6 +61,10 @@ def test_a_swapped_model_trains_in_two_processes_as_in_one(two, way):
     assert alone[2] < alone[0]
 
 
+def test_no_net_is_left_that_would_keep_the_group(two):
+    assert [told["left"] for told in two] == [0, 0]
+
+
 def test_the_leader_is_first(two):
     leader, other = (told["first"] for told in two)
     assert leader == []
