@@ -136,11 +136,8 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             *(tuple(stride // outer_unit for stride in makes) if made_last else makes),
         ),
         {
-            "KERNEL": three(problem.kernel, 1),
-            "STRIDE": three(problem.stride, 1),
-            "DILATION": three(problem.dilation, 1),
+            **_kernel(problem),
             "PERIOD": three(period, 1),
-            "MODE": problem.padding_mode,
             "ADJOINT": adjoint,
             "READ_LAST": read_last,
             "MADE_LAST": made_last,
@@ -222,11 +219,8 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
             *three(weighs[2:], 0),
         ),
         {
-            "KERNEL": three(problem.kernel, 1),
-            "STRIDE": three(problem.stride, 1),
-            "DILATION": three(problem.dilation, 1),
+            **_kernel(problem),
             "PERIOD": three(period, 1),
-            "MODE": problem.padding_mode,
             "ADJOINT": adjoint,
             "READ_LAST": read_last,
             "MADE_LAST": made_last,
@@ -319,19 +313,10 @@ def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
             problem.group_out // y_unit,
             problem.groups,
             split.part,
-            *three((lo for lo, _ in problem.padding), 0),
-            *three(_ends(problem), 1),
-            *three(problem.out, 1),
-            x.stride(1),
-            *(stride // x_unit for stride in of_x),
-            y.stride(1),
-            *(stride // y_unit for stride in of_y),
+            *_meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
         ),
         {
-            "KERNEL": three(problem.kernel, 1),
-            "STRIDE": three(problem.stride, 1),
-            "DILATION": three(problem.dilation, 1),
-            "MODE": problem.padding_mode,
+            **_kernel(problem),
             "X_LAST": x_last,
             "Y_LAST": y_last,
             "X_UNIT": x_unit,
@@ -389,19 +374,10 @@ def taps(request: Request, x: Tensor, y: Tensor) -> Launch:
             problem.out_channels // groups // y_unit,
             groups,
             split.part,
-            *three((lo for lo, _ in problem.padding), 0),
-            *three(_ends(problem), 1),
-            *three(problem.out, 1),
-            x.stride(1),
-            *(stride // x_unit for stride in of_x),
-            y.stride(1),
-            *(stride // y_unit for stride in of_y),
+            *_meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
         ),
         {
-            "KERNEL": three(problem.kernel, 1),
-            "STRIDE": three(problem.stride, 1),
-            "DILATION": three(problem.dilation, 1),
-            "MODE": problem.padding_mode,
+            **_kernel(problem),
             "X_LAST": x_last,
             "Y_LAST": y_last,
             "CHANNELS": request.channels_last,
@@ -458,6 +434,37 @@ def _map(request: Request) -> Map:
     places = tuple(map(tiles, problem.spatial, problem.stride))
     phases = math.prod(map(min, problem.spatial, problem.stride))
     return Map(problem.group_out, problem.group_in, problem.out, problem.spatial, period, places, phases)
+
+
+def _kernel(problem: ConvProblem) -> dict[str, Any]:
+    """What all kernels are compiled for."""
+    return {
+        "KERNEL": three(problem.kernel, 1),
+        "STRIDE": three(problem.stride, 1),
+        "DILATION": three(problem.dilation, 1),
+        "MODE": problem.padding_mode,
+    }
+
+
+def _meeting(
+    problem: ConvProblem,
+    x_channel: int,
+    of_x: tuple[int, ...],
+    x_unit: int,
+    y_channel: int,
+    of_y: tuple[int, ...],
+    y_unit: int,
+) -> tuple[int, ...]:
+    """Where the places of y meet those of x, as both kernels of GRAD_WEIGHT are told."""
+    return (
+        *three((lo for lo, _ in problem.padding), 0),
+        *three(_ends(problem), 1),
+        *three(problem.out, 1),
+        x_channel,
+        *(stride // x_unit for stride in of_x),
+        y_channel,
+        *(stride // y_unit for stride in of_y),
+    )
 
 
 def _ends(problem: ConvProblem) -> tuple[int, ...]:

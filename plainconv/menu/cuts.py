@@ -63,9 +63,7 @@ NEAR_BYTES = 8.0  # a cycle, of a weight that some cache holds
 FAR_BYTES = 2.7  # and of a larger one
 FAR_WEIGHT = 4 << 20
 FAR_LINE = 150.0  # a line of such a weight, if it is turned, ...
-SEEN = (
-    192.0  # ... unless a channel has fewer products: then the processor sees those of the next ones, and asks for all
-)
+SEEN = 192.0  # ... unless a channel has fewer products: then the processor asks for those of the next ones, too
 SCATTER = 2.0  # a number of the result that lies apart from its neighbours
 WEAVE = 6.0  # a vector of the result, of which each phase has a part
 BYTES_PER_SECOND = 25e9  # of memory

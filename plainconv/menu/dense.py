@@ -30,12 +30,8 @@ from plainconv.remember import on_forget, weigh
 WAY_BYTES = 128 << 10  # memory so far apart meets in the same place of a core's own cache, ...
 MEETING = 4  # ... half of which may be channels that are read where they lie
 
-SOURCES = {
-    Reads.INPUT: "none",
-    Reads.LIST: "list",
-    Reads.LINES: "lines",
-    Reads.IMAGES: "images",
-}  # other than a strip that is gathered
+# Other than a strip that is gathered.
+SOURCES = {Reads.INPUT: "none", Reads.LIST: "list", Reads.LINES: "lines", Reads.IMAGES: "images"}
 
 # -- what a call needs -----------------------------------------------------------------------------------------------
 
