@@ -163,8 +163,9 @@ class Packs(NamedTuple):
 
 
 def _packs(shape: pack.Shape, sizes: dict[str, int], bytes_: int) -> Packs:
-    """Tasks are enough for some threads, even of a single vector."""
-    runs, u = sizes["vectors"] if sizes["w_u"] < sizes["w_output"] else 1, sizes["u_count"]
+    """Tasks are enough for some threads, even of a single vector, or of a single u."""
+    u = sizes["u_count"]
+    runs = sizes["vectors"] if u == 1 or sizes["w_u"] < sizes["w_output"] else 1
     splits = u if shape.lay == "copied" else max(min(cuts.PARTS // max(sizes["groups"] * runs, 1), u), 1)
     kernel = cpu.compile(pack.text(shape), cpu.Target.host())
     sizes |= {"runs": runs, "splits": splits}

@@ -29,7 +29,7 @@ ALGORITHM = folding(
         products.cost,
         sum_error,
         products.run,
-        version=2,
+        version=3,
         fuses=True,
         bind=products.bind,
         pack=products.pack,

@@ -431,6 +431,19 @@ def test_the_weight_of_a_small_map_is_not_packed():
     assert direct.ALGORITHM.cost(asked).workspace < 4 * 512 * 512 * 9
 
 
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
+@pytest.mark.parametrize("text", ["n1 c512 o512 x7x7 k1x1", "n1 c256 o512 x7x7 k3x3 p1", "n1 c64 o32 x7x7 k1x1 s2"])
+def test_packing_is_dealt_to_all_threads(text, direction):
+    """Also that of a 1x1 weight, which lies in both orders."""
+    asked = asked_for(text, direction=direction, channels_last=True, threads=2)
+    tensors = [channels_inside(tensor) for tensor in given(asked, reals)[:2]]
+    for w in (tensors[1], tensors[1].contiguous()):
+        inside = not w.is_contiguous()
+        packs = dense.prepare(axes.work(asked), tensors[0].stride(), w.stride(), inside).weight
+        assert packs.tasks >= 2
+        assert packs.tasks % 2 == 0 or packs.tasks >= cuts.PARTS
+
+
 @pytest.mark.parametrize(
     ("text", "direction", "least", "most"),
     [
