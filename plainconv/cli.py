@@ -244,6 +244,10 @@ def bench_suites(
     against: Annotated[
         list[str] | None, typer.Option(metavar="LIBRARY", help="onnxruntime, openvino, jax, scipy or opencv.")
     ] = None,
+    device: DeviceOption = "cpu",
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--exact", help="On a GPU, of float32; default: torch's own switch.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the records and the picture.")] = Path("results"),
     drawn: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw a bar for every layer.")] = True,
     listed: Annotated[bool, typer.Option("--list", help="Name the suites.")] = False,
@@ -265,12 +269,17 @@ def bench_suites(
                 raise InputError(f"unknown {option} {value!r}; {option}s are {', '.join(choices)}")
         if regret and direction == "train":
             raise InputError("--regret is of one choice, and --direction train makes three: ask for each direction")
+        place, kind = _device(device), getattr(torch, dtype)
+        if place.type == "cpu" and tf32 is not None:
+            raise InputError("--tf32 and --exact say how a GPU multiplies: they need --device cuda")
+        if place.type != "cpu" and against:
+            raise InputError("--against compares on the CPU alone")
+        where = bench.device_of(place, tf32)
         _check_folder(out)
         others = bench.others(against or [])
-        with bench.alone(threads or torch.get_num_threads()) as used:
-            kind = getattr(torch, dtype)
-            peaks = bench.measured(kind, used, direction)
-            setting = bench.Setting(direction, kind, used, peaks, seconds, regret, full, others)
+        with bench.alone(threads or torch.get_num_threads(), where) as used:
+            peaks = where.peaks(kind, used, direction)
+            setting = bench.Setting(direction, kind, used, peaks, seconds, regret, full, others, where)
             with Progress(TextColumn("{task.description:>30}"), *_COUNTED, console=Console(stderr=True)) as progress:
                 task = progress.add_task("", total=len(layers))
 
@@ -282,7 +291,9 @@ def bench_suites(
         print(bench.heading(records))
         print(bench.table(rows))
         out.mkdir(parents=True, exist_ok=True)
-        stem = "-".join((direction, dtype, "+".join(dict.fromkeys(names))[:100]))
+        shown = dtype + "-tf32" * records["tf32"]
+        first = [] if place.type == "cpu" else [place.type]
+        stem = "-".join((*first, direction, shown, "+".join(dict.fromkeys(names))[:100]))
         with write_whole(out / f"{stem}.json") as file:
             file.write(bench.as_json(records).encode())
         print(out / f"{stem}.json")

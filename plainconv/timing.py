@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -32,6 +32,20 @@ class Timing:
     high_s: float
     calls: int
 
+    def each(self, calls: int) -> "Timing":
+        """Of one of so many calls that were timed together."""
+        return replace(self, median_s=self.median_s / calls, low_s=self.low_s / calls, high_s=self.high_s / calls)
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Seconds until a call is done, and what it left to a CUDA device."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else None
+    start = perf_counter()
+    call()
+    if wait:
+        wait()
+    return perf_counter() - start
+
 
 def in_turn(
     calls: Mapping[str, Callable[[], object]],
@@ -40,26 +54,25 @@ def in_turn(
     least: int = 5,
     most: int = 200,
     turn_s: float = 0.0,
+    clock: Callable[[Callable[[], object]], float] = wall,
 ) -> dict[str, Timing]:
     """Time calls in turn: each once in every round, or for a while.
 
     Args:
-        calls: name -> what to call; it may compute on a CUDA device, whose work is waited for.
+        calls: name -> what to call.
         seconds: no further round begins when so many have passed, ...
         least: ... but there are at least so many rounds (2 or more)
         most: and at most so many.
         turn_s: a call goes on until its turn has lasted so many seconds. The first call of a turn finds the caches as
             the others left them, so it counts only if it is the only one.
+        clock: seconds of a call.
 
     Returns:
         name -> its timing.
     """
     seen: dict[str, list[float]] = {name: [] for name in calls}
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else None
     for call in calls.values():
-        call()
-    if wait:
-        wait()
+        clock(call)
     end = perf_counter() + seconds
     for turn in range(most):
         if turn >= least and perf_counter() > end:
@@ -67,11 +80,7 @@ def in_turn(
         for name, call in calls.items():
             spent: list[float] = []
             while not spent or sum(spent) < turn_s:
-                start = perf_counter()
-                call()
-                if wait:
-                    wait()
-                spent.append(perf_counter() - start)
+                spent.append(clock(call))
             seen[name] += spent[1:] or spent
     return {name: _timing(spent) for name, spent in seen.items()}
 

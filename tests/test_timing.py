@@ -18,7 +18,8 @@ def test_no_more_rounds_than_allowed():
 
 
 def test_the_median_and_the_quartiles(monkeypatch):
-    ticks = iter([0, *(t for i in range(5) for t in (0, 0, (5, 1, 4, 2, 3)[i]))])  # end; then now, start, stop
+    turns = (t for i in range(5) for t in (0, 0, (5, 1, 4, 2, 3)[i]))  # now, start, stop
+    ticks = iter([0, 9, 0, *turns])  # once before, and the end
     monkeypatch.setattr(timing, "perf_counter", lambda: float(next(ticks)))
     found = in_turn({"a": lambda: None}, seconds=1e9, least=0, most=5)["a"]
     assert (found.low_s, found.median_s, found.high_s) == (2, 3, 4)

@@ -46,11 +46,11 @@ class Tensors(NamedTuple):
         return Tensors(*map(convert, self))
 
 
-def tensors(layer: Layer, dtype: torch.dtype, seed: int = 0) -> Tensors:
+def tensors(layer: Layer, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensors:
     """Normally distributed numbers, contiguous."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = (layer.input_shape, layer.problem.weight_shape, layer.output_shape)
-    return Tensors(*(torch.randn(shape, generator=generator).to(dtype) for shape in shapes))
+    return Tensors(*(torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes))
 
 
 def layouts(layer: Layer) -> tuple[str, ...]:

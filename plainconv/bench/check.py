@@ -40,6 +40,8 @@ class Exact:
     """Some points of a result: where they are [points, rank], their values, and the largest sum of |products|.
 
     terms: products in a sum, at most
+
+    All of it is where the tensors are that it was made of.
     """
 
     points: Tensor
@@ -72,10 +74,11 @@ def exact(problem: ConvProblem, direction: Direction, first: Tensor, second: Ten
     if problem.padding_mode != "zeros":
         raise ValueError(f"only padding with zeros can be checked point by point, not {problem}")
     shape, terms = problem.shape_of(direction.makes), problem.terms(direction)
-    points = sample(shape, min(POINTS, max(PRODUCTS // terms, 1)), seed)
+    points = sample(shape, min(POINTS, max(PRODUCTS // terms, 1)), seed).to(first.device)
     if direction is Direction.GRAD_WEIGHT:
         pairs = [_weight_point(problem, first, second, point.tolist()) for point in points]
-        values, sums = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
+        columns = zip(*pairs, strict=True)
+        values, sums = (torch.tensor(column, dtype=torch.float64, device=first.device) for column in columns)
     else:
         chunks = points.split(max(1, _CHUNK // terms))
         both = [_map_points(problem, direction, first, second, chunk) for chunk in chunks]
@@ -120,11 +123,11 @@ def _map_points(
     """Points [n, channel, *place] of y or x: every tap's place in the other tensor, and the weight that it meets."""
     forward = direction is Direction.FORWARD
     n, channel = points[:, 0], points[:, 1]
-    at = torch.zeros(len(points), 1, dtype=torch.int64)  # [points, taps so far], flat in first's space
-    inside = torch.ones(len(points), 1, dtype=torch.bool)
+    at = points.new_zeros(len(points), 1)  # [points, taps so far], flat in first's space
+    inside = torch.ones_like(at, dtype=torch.bool)
     sides = zip(problem.kernel, problem.stride, problem.padding, problem.dilation, first.shape[2:], strict=True)
     for dim, (kernel, stride, (lo, _), dilation, size) in enumerate(sides, start=2):
-        tap, i = torch.arange(kernel) * dilation, points[:, dim, None]
+        tap, i = torch.arange(kernel, device=points.device) * dilation, points[:, dim, None]
         place = i * stride + tap - lo if forward else i + lo - tap
         there = torch.ones_like(place, dtype=torch.bool)
         if not forward:
@@ -133,7 +136,7 @@ def _map_points(
         at = (at[:, :, None] * size + place[:, None].clamp(0, size - 1)).flatten(1)
         inside = (inside[:, :, None] & there[:, None]).flatten(1)
     own, other = (problem.group_out, problem.group_in) if forward else (problem.group_in, problem.group_out)
-    channels = (channel // own)[:, None] * other + torch.arange(other)  # [points, other]
+    channels = (channel // own)[:, None] * other + torch.arange(other, device=points.device)  # [points, other]
     taken = first.flatten(2)[n[:, None, None], channels[:, :, None], at[:, None]].double()
     taps = w.flatten(2)
     weights = (taps[channel] if forward else taps[channels, (channel % own)[:, None]]).double()  # [points, other, taps]

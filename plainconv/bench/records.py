@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from plainconv.bench.calls import CHANNELS_LAST, CONTIGUOUS
 from plainconv.bench.check import Verdict
 from plainconv.bench.peaks import Peaks
@@ -27,6 +29,7 @@ SLOWED = 0.8  # a speed of the machine that a table mentions
 _DERIVED = (
     "ratio",
     "packed_ratio",
+    "eager_ratio",
     "right",
     "short",
     "share",
@@ -50,6 +53,7 @@ class Summary:
         share: the geomean of the layers' shares of that limit.
         regret: (geomean, worst) of auto's regret, or None.
         packed: the geomean with prepacked weights; None if that was not measured.
+        eager: the same of calls from Python, on a GPU.
     """
 
     suite: str
@@ -63,6 +67,7 @@ class Summary:
     share: float | None
     regret: tuple[float, float] | None
     packed: float | None
+    eager: float | None
 
 
 def as_records(rows: Sequence[Row], setting: Setting) -> dict[str, Any]:
@@ -70,9 +75,11 @@ def as_records(rows: Sequence[Row], setting: Setting) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine() | setting.device.told(),
+        "device": torch.device(setting.device.name).type,
         "direction": setting.direction,
         "dtype": str(setting.dtype).removeprefix("torch."),
+        "tf32": setting.device.rounds(setting.dtype),
         "threads": setting.threads,
         "seconds": setting.seconds,
         "peaks": asdict(setting.peaks),
@@ -120,7 +127,9 @@ def _row(record: dict[str, Any]) -> Row:
         record[side] = {layout: Timing(**timing) for layout, timing in record.get(side, {}).items()}
     for checks in ("checks", "packed_checks"):
         record[checks] = {layout: Verdict(**check) for layout, check in record.get(checks, {}).items()}
+    record["eager"] = {side: Timing(**timing) for side, timing in record.get("eager", {}).items()}
     record.setdefault("packed_algorithms", {})
+    record.setdefault("device", "cpu")
     record["torch_check"] = Verdict(**record["torch_check"])
     record["regret"] = record["regret"] and Regret(**record["regret"])
     others = record["against"].items()
@@ -156,6 +165,7 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
         share=geomean(row.share for row in rows if row.share is not None),
         regret=(geomean(regrets) or 1.0, max(regrets)) if regrets else None,
         packed=geomean(row.packed_ratio for row in rows if row.packed_ratio is not None),
+        eager=geomean(row.eager_ratio for row in rows if row.eager_ratio is not None),
     )
 
 
@@ -186,18 +196,27 @@ HEAD = (
     "torch's",
     "error",
 )
+EAGER_HEAD = ("layer", "problem", "torch", "ours", "ratio")
 
 
 def heading(records: Mapping[str, Any]) -> str:
-    """The machine and what it can do, in two lines."""
+    """The machine (of a GPU, how its driver tells of it) and what it can do, in two lines."""
     told, peaks = records["machine"], peaks_of(records)
     speeds = ", ".join(
         f"{moved / spent / 1e9:.0f} GB/s at {size(moved)}" for moved, spent in peaks.copies if moved in SHOWN_COPIES
     )
     return (
-        f"{told['processor']}, {records['threads']} threads, torch {told['torch']}, {records['dtype']}, "
+        f"{_device(records)}, torch {told['torch']}, {records['dtype']}{' as TF32' * records.get('tf32', False)}, "
         f"{records['direction']}\n{peaks.flops / 1e9:.0f} GFLOP/s; a copy {speeds}; a call {seconds(peaks.call_s)}"
     )
+
+
+def _device(records: Mapping[str, Any]) -> str:
+    told = records["machine"]
+    if records.get("device", "cpu") == "cpu":
+        return f"{told['processor']}, {records['threads']} threads"
+    words = {"clock": "at ", "driver": "driver ", "cudnn": "cuDNN ", "triton": "Triton "}
+    return ", ".join([told["gpu"], *(f"{word}{told[name]}" for name, word in words.items() if name in told)])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -205,7 +224,10 @@ def table(rows: Sequence[Row]) -> str:
     text = []
     for total in summary(rows):
         group = [row for row in rows if row.layer.suite == total.suite]
-        text += [total.suite, _aligned([HEAD, *map(_cells, group)]), *_notes(group), sentence(total), ""]
+        text += [total.suite, _aligned([HEAD, *map(_cells, group)]), *_notes(group), sentence(total)]
+        if eager := [row for row in group if row.eager]:
+            text += ["  the same, called from Python", _aligned([EAGER_HEAD, *map(_eager_cells, eager)])]
+        text.append("")
     return "\n".join(text).rstrip()
 
 
@@ -220,6 +242,8 @@ def sentence(total: Summary) -> str:
     )
     if total.packed:
         said += f"; prepacked geomean {total.packed:.2f}"
+    if total.eager:
+        said += f"; called from Python geomean {total.eager:.2f}"
     if total.regret:
         said += f"; regret of auto {total.regret[0]:.2f}, worst {total.regret[1]:.2f}"
     if total.red:
@@ -248,6 +272,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         _algorithm(row),
         *end,
     )
+
+
+def _eager_cells(row: Row) -> tuple[str, ...]:
+    theirs, own = (row.eager[side].median_s for side in ("torch", "ours"))
+    return (row.layer.name, str(row.layer.problem), seconds(theirs), seconds(own), f"{row.eager_ratio:.2f}")
 
 
 def _algorithm(row: Row) -> str:

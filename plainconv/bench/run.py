@@ -1,5 +1,7 @@
 """One layer through everything: first call, check against float64, timing beside torch, and what that is of the limit.
 
+What a device does in its own way (device.py, cuda.py) is asked of it.
+
 The sides are torch and plainconv ("auto"), each in the memory formats that torch has for the layer; they take turns in
 one process on the same tensors.  A format in which a side is more than SLOW times slower than in its other one is
 called a few times only, since the better of the two counts.  A layer whose result is not right has no speed.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -22,14 +24,14 @@ from plainconv.bench import calls
 from plainconv.bench.against import Library, call_of
 from plainconv.bench.calls import Call, Tensors
 from plainconv.bench.check import Exact, Verdict, exact, judge
-from plainconv.bench.peaks import Peaks, measured
-from plainconv.bench.scratch import torchs_peak
+from plainconv.bench.device import Clock, Device, Host
+from plainconv.bench.peaks import Peaks
 from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
 from plainconv.menu import ALGORITHMS
 from plainconv.plan import Explanation
 from plainconv.remember import forget
-from plainconv.timing import Timing, in_turn, keep_freed_memory
+from plainconv.timing import Timing, in_turn
 
 SLOW = 3.0  # times its other format: so slow that it does not matter how slow
 TRIED, TRIED_S = 5, 0.2  # calls, and seconds, until it is known which format is slow
@@ -54,6 +56,7 @@ class Setting:
         regret: whether every able algorithm is timed as well.
         full: whether layers over 4 GFLOP stay whole.
         against: name -> another library to be timed beside.
+        device: where.
     """
 
     direction: str
@@ -64,6 +67,7 @@ class Setting:
     regret: bool = False
     full: bool = False
     against: Mapping[str, Library] | None = None
+    device: Device = field(default_factory=Host)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Row:
         scratch, torch_scratch: memory formats' best: workspace of our plan; what torch allocated beyond its result.
         regret: see Regret; None if not asked for.
         against: name -> its timing, or why there is none; "ours" is what took turns with them.
+        device: its type.
+        eager: "torch", "ours" -> the timing of calls from Python in the better format, where that is another one.
         packed, packed_algorithms, packed_checks: memory format -> the same of ours with a prepacked weight; empty where
             the direction is not forward (the timings too if a result is wrong).
     """
@@ -118,6 +124,8 @@ class Row:
     packed: dict[str, Timing] = field(default_factory=dict)
     packed_algorithms: dict[str, str] = field(default_factory=dict)
     packed_checks: dict[str, Verdict] = field(default_factory=dict)
+    device: str = "cpu"
+    eager: dict[str, Timing] = field(default_factory=dict)
 
     def within(self, best: Peaks, then: Peaks) -> Row:
         """This row with the limit that the best peaks of the run give; `then` are those right after it."""
@@ -159,6 +167,11 @@ class Row:
             return None
         return self.torch[self.torch_best].median_s / self.packed[best(self.packed)].median_s
 
+    @property
+    def eager_ratio(self) -> float | None:
+        """torch's time over ours, of calls from Python; None if that was not measured."""
+        return self.eager["torch"].median_s / self.eager["ours"].median_s if self.right and self.eager else None
+
     def ratio_to(self, library: str) -> float | None:
         """Another library's time over ours, which took turns with it; None if there is none, or if ours is wrong."""
         theirs, own = self.against.get(library), self.against.get("ours")
@@ -172,8 +185,8 @@ class Row:
 
     @property
     def short(self) -> bool:
-        """Whether torch finishes the call in under 25 us."""
-        return self.torch[self.torch_best].median_s < SHORT_S
+        """Whether torch finishes the call in under 25 us, on a CPU."""
+        return self.device == "cpu" and self.torch[self.torch_best].median_s < SHORT_S
 
     @property
     def share(self) -> float | None:
@@ -192,12 +205,12 @@ def best(timings: Mapping[str, Timing]) -> str:
 
 
 @contextmanager
-def alone(threads: int) -> Iterator[int]:
+def alone(threads: int, device: Device | None = None) -> Iterator[int]:
     """Measure with so many threads, no kernels but those that are compiled meanwhile, and no records of tuning."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with compile.kept_in(None), records.kept_in(None):
+        with compile.kept_in(None), records.kept_in(None), (device or Host()).held():
             forget()
             yield threads
     finally:
@@ -223,7 +236,7 @@ def measure_all(
     for layer in layers:
         watch(len(found), f"{layer.suite} {layer.name}")
         row = measure(layer, setting)
-        then = measured(setting.dtype, setting.threads, setting.direction, AFTER_S)
+        then = setting.device.peaks(setting.dtype, setting.threads, setting.direction, AFTER_S)
         best = best.best(then)
         found.append((row, then))
     watch(len(found), "done")
@@ -232,34 +245,44 @@ def measure_all(
 
 def measure(layer: Layer, setting: Setting) -> Row:
     """Measure one layer; it takes a few times setting.seconds."""
-    whole, direction = layer, setting.direction
-    layer = whole if setting.full else whole.cut()
-    keep_freed_memory()
-    given = calls.tensors(layer, setting.dtype)
-    laid = {layout: given.to(layout) for layout in calls.layouts(layer)}
-    torchs = {layout: calls.torchs(layer, direction, tensors) for layout, tensors in laid.items()}
+    whole, direction, device = layer, setting.direction, setting.device
+    layer = whole if setting.full or device.whole else whole.cut()
+    device.settle()
+    copies = device.copies(given := calls.tensors(layer, setting.dtype, device=device.name))
+    turning = {layout: [each.to(layout) for each in copies] for layout in calls.layouts(layer)}
+    laid = {layout: many[0] for layout, many in turning.items()}
+    torchs = {layout: [calls.torchs(layer, direction, each) for each in many] for layout, many in turning.items()}
 
     start = perf_counter()
     results = {calls.CONTIGUOUS: calls.ours(layer, direction, laid[calls.CONTIGUOUS])()}
+    device.wait()
     first_call_s = perf_counter() - start
-    ours = {layout: calls.ours(layer, direction, tensors) for layout, tensors in laid.items()}
-    results |= {layout: call() for layout, call in ours.items() if layout not in results}
+    ours = {layout: [calls.ours(layer, direction, each) for each in many] for layout, many in turning.items()}
+    results |= {layout: call() for layout, (call, *_) in ours.items() if layout not in results}
     told = {layout: _explained(layer, direction, tensors) for layout, tensors in laid.items()}
     expected = _expected(layer, direction, given)
     checks = {layout: _judged(result, expected, told[layout]) for layout, result in results.items()}
-    torch_check = _judged(torchs[calls.CONTIGUOUS](), expected, told[calls.CONTIGUOUS])
-    packed = {layout: calls.prepacked(layer, given) for layout, given in laid.items() if direction == "forward"}
+    torch_check = _judged(torchs[calls.CONTIGUOUS][0](), expected, told[calls.CONTIGUOUS])
+    packed = {
+        layout: [calls.prepacked(layer, each) for each in many]
+        for layout, many in turning.items()
+        if direction == "forward"
+    }
     packed_checks = {
         layout: judge(fast(laid[layout].x), expected[0], BY_NAME[fast.algorithm].error(fast.request))
-        for layout, fast in packed.items()
+        for layout, (fast, *_) in packed.items()
     }
     del results
 
     right = all(check.right for check in (*checks.values(), *packed_checks.values()))
-    quick = {layout: _packed_call(fast, laid[layout]) for layout, fast in packed.items()}
+    quick = {layout: list(map(_packed_call, many, turning[layout])) for layout, many in packed.items()}
     sides = {"torch": torchs, **({"ours": ours} if right else {}), **({"packed": quick} if right and quick else {})}
-    timings = _timed(sides, setting.seconds)
+    timings = _timed(sides, setting.seconds, device.clock)
     at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
+    eager: dict[str, dict[str, Timing]] = {}
+    if right and device.eager:
+        both = {"torch": {"": torchs[best(timings["torch"])]}, "ours": {"": ours[at_best]}}
+        eager = _timed(both, setting.seconds, device.eager)
     others = {
         name: call_of(library, layer, laid[calls.CONTIGUOUS], direction, setting.threads)
         for name, library in (setting.against or {}).items()
@@ -279,12 +302,14 @@ def measure(layer: Layer, setting: Setting) -> Row:
         speed=1.0,
         first_call_s=first_call_s,
         scratch=max(_chosen(each).cost.workspace for each in told[at_best]),
-        torch_scratch=torchs_peak(torchs[best(timings["torch"])]),
-        regret=_regret(layer, setting, laid[at_best], told[at_best], expected) if setting.regret and right else None,
-        against=_others(others, expected, ours[at_best], setting.seconds) if right else {},
+        torch_scratch=device.scratch(torchs[best(timings["torch"])][0]),
+        regret=_regret(layer, setting, turning[at_best], told[at_best], expected) if setting.regret and right else None,
+        against=_others(others, expected, ours[at_best][0], setting.seconds) if right else {},
         packed=timings.get("packed", {}),
-        packed_algorithms={layout: fast.algorithm for layout, fast in packed.items()},
+        packed_algorithms={layout: fast.algorithm for layout, (fast, *_) in packed.items()},
         packed_checks=packed_checks,
+        device=torch.device(device.name).type,
+        eager={side: of[""] for side, of in eager.items()},
     )
     return row.within(setting.peaks, setting.peaks)
 
@@ -293,28 +318,34 @@ def _packed_call(fast: Callable[[torch.Tensor], torch.Tensor], given: Tensors) -
     return lambda: (fast(given.x),)
 
 
-def _timed(sides: Mapping[str, Mapping[str, Call]], seconds: float) -> dict[str, dict[str, Timing]]:
-    """Side -> memory format -> timing. All have been called before."""
-    once = {side: {layout: _once(call) for layout, call in group.items()} for side, group in sides.items()}
-    many: dict[str, Call] = {}
-    few: dict[str, Call] = {}
-    for side, group in sides.items():
-        least = min(once[side].values())
-        for layout, call in group.items():
-            (few if once[side][layout] > SLOW * least else many)[f"{side} {layout}"] = call
-    a_round = sum(once[side][layout] for side, group in sides.items() for layout in group if f"{side} {layout}" in many)
-    timings = in_turn(few, seconds=0, least=2)
-    timings |= in_turn(many, seconds=seconds, least=5 if a_round < seconds else 2, turn_s=TURN_S)
-    return {side: {layout: timings[f"{side} {layout}"] for layout in group} for side, group in sides.items()}
+def _timed(
+    sides: Mapping[str, Mapping[str, Sequence[Call]]], seconds: float, clock: Clock
+) -> dict[str, dict[str, Timing]]:
+    """Side -> memory format -> timing of a call, given once for each copy of its tensors. All were called before."""
+    ready = {(side, layout): clock.ready(given) for side, group in sides.items() for layout, given in group.items()}
+    once = {key: _once(one.run, clock) / one.calls for key, one in ready.items()}
+    least = {side: min(once[side, layout] for layout in group) for side, group in sides.items()}
+    few = [key for key, spent in once.items() if spent > SLOW * least[key[0]]]
+    a_round = sum(once[key] * one.calls for key, one in ready.items() if key not in few)
+
+    def timed(keys: Iterable[tuple[str, str]], **how: Any) -> dict[str, Timing]:
+        return in_turn({" ".join(key): ready[key].run for key in keys}, clock=clock.seconds, **how)
+
+    timings = timed(few, seconds=0, least=2)
+    timings |= timed(
+        (key for key in ready if key not in few), seconds=seconds, least=5 if a_round < seconds else 2, turn_s=TURN_S
+    )
+    return {
+        side: {layout: timings[f"{side} {layout}"].each(ready[side, layout].calls) for layout in group}
+        for side, group in sides.items()
+    }
 
 
-def _once(call: Call) -> float:
-    """Seconds of a call: the least of a few, for the first may find other pages of memory and other caches."""
+def _once(run: Callable[[], object], clock: Clock) -> float:
+    """Seconds of what is timed: the least of a few, for the first may find other pages of memory and other caches."""
     spent: list[float] = []
     while len(spent) < TRIED and sum(spent) < TRIED_S:
-        start = perf_counter()
-        call()
-        spent.append(perf_counter() - start)
+        spent.append(clock.seconds(run))
     return min(spent)
 
 
@@ -353,14 +384,18 @@ def _chosen(told: Explanation) -> Any:
 
 
 def _regret(
-    layer: Layer, setting: Setting, given: Tensors, told: Sequence[Explanation], expected: Sequence[Exact]
+    layer: Layer, setting: Setting, copies: Sequence[Tensors], told: Sequence[Explanation], expected: Sequence[Exact]
 ) -> Regret | None:
     """What might be chosen, beside "auto", in the memory format given; None for "train", which is three choices."""
     if setting.direction == "train":
         return None
     (explanation,) = told
     least = _chosen(explanation).cost.seconds
-    timed: dict[str, Call] = {"auto": calls.ours(layer, setting.direction, given)}
+
+    def named(name: str) -> list[Call]:
+        return [calls.ours(layer, setting.direction, given, name) for given in copies]
+
+    timed = {"auto": named("auto")}
     left_out: dict[str, str] = {}
     for verdict in explanation.verdicts:
         name = verdict.algorithm.name
@@ -369,12 +404,12 @@ def _regret(
         if verdict.cost.seconds > FAR * least:
             left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times the best"
             continue
-        call = calls.ours(layer, setting.direction, given, name)
-        if not judge(call()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
+        each = named(name)
+        if not judge(each[0]()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
             left_out[name] = "its result is wrong"
         elif name != explanation.chosen:
-            timed[name] = call
-    timings = _timed({"regret": timed}, setting.seconds)["regret"]
+            timed[name] = each
+    timings = _timed({"regret": timed}, setting.seconds, setting.device.clock)["regret"]
     seconds = {explanation.chosen if name == "auto" else name: t.median_s for name, t in timings.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
     return Regret(seconds[explanation.chosen] / seconds[fastest], fastest, seconds, left_out)

@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from plainconv import bench
-from plainconv.bench import peaks, suites
-from plainconv.bench import run as run_module
+from plainconv.bench import device, peaks, suites
 from plainconv.bench.suites import Layer
 from plainconv.cli import app
 from plainconv.problem import ConvProblem
@@ -23,8 +22,7 @@ def _tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suites, "load", lambda: TINY)
     monkeypatch.setattr(bench, "load", lambda: TINY)
-    for module in (bench, run_module):
-        monkeypatch.setattr(module, "measured", lambda *_: peaks.Peaks(1e11, ((1, 1e-6), (9, 1e-5)), 1e-6))
+    monkeypatch.setattr(device, "measured", lambda *_: peaks.Peaks(1e11, ((1, 1e-6), (9, 1e-5)), 1e-6))
 
 
 def run(*words):
@@ -64,6 +62,8 @@ def test_the_list():
         (("--suite", "tiny", "--dtype", "int8"), "unknown dtype 'int8'; dtypes are float32, float64"),
         (("--suite", "tiny", "--direction", "back"), "unknown direction 'back'"),
         (("--suite", "tiny", "--against", "mkl"), "unknown library 'mkl'"),
+        (("--suite", "tiny", "--device", "cuda:77"), "device 'cuda:77' is not there; this machine has cpu"),
+        (("--suite", "tiny", "--exact"), "--tf32 and --exact say how a GPU multiplies"),
         (("--suite", "tiny", "--out", "file"), "file is a file, not a folder"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from plainconv import bench, measure, plots
-from plainconv.bench import calls, run
+from plainconv.bench import calls, device, run
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.records import geomean, peaks_of, seconds, sentence, size
 from plainconv.bench.suites import Layer
@@ -110,8 +110,9 @@ def test_a_slow_format_is_called_a_few_times_only(monkeypatch):
 
     spent = {"a": 1.0, "b": 2.9, "c": 3.1}
     monkeypatch.setattr(run, "in_turn", in_turn)
-    monkeypatch.setattr(run, "_once", lambda call: spent[call])
-    run._timed({"torch": {"x": "a", "y": "b"}, "ours": {"x": "a", "y": "c"}}, 10.0)
+    monkeypatch.setattr(run, "_once", lambda call, clock: spent[call])
+    sides = {"torch": {"x": ["a"], "y": ["b"]}, "ours": {"x": ["a"], "y": ["c"]}}
+    run._timed(sides, 10.0, device.Wall())
     assert {name for name, how in seen.items() if how["seconds"] == 0} == {"ours y"}
     assert seen["torch y"]["seconds"] == 10.0
 
@@ -136,7 +137,7 @@ def test_the_regret_is_of_what_might_have_been_chosen():
 def test_the_machine_is_measured_after_each_layer_and_the_best_counts(monkeypatch):
     speeds = iter([5e10, 2e11, 1e11])
     monkeypatch.setattr(
-        run, "measured", lambda dtype, threads, direction, seconds: dataclasses.replace(PEAKS, flops=next(speeds))
+        device, "measured", lambda dtype, threads, direction, seconds: dataclasses.replace(PEAKS, flops=next(speeds))
     )
     seen = []
     long = dataclasses.replace(PLAIN, problem=ConvProblem.parse("n1 c8 o8 x60x60 k5x5"))
