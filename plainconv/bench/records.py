@@ -17,6 +17,7 @@ from plainconv.bench.check import Verdict
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.run import Regret, Row, Setting, best
 from plainconv.bench.suites import Layer
+from plainconv.bench.thresholds import held
 from plainconv.problem import ConvProblem
 from plainconv.timing import Timing, machine
 
@@ -224,7 +225,7 @@ def table(rows: Sequence[Row]) -> str:
     text = []
     for total in summary(rows):
         group = [row for row in rows if row.layer.suite == total.suite]
-        text += [total.suite, _aligned([HEAD, *map(_cells, group)]), *_notes(group), sentence(total)]
+        text += [total.suite, _aligned([HEAD, *map(_cells, group)]), *_notes(group), sentence(total), *_asked(group)]
         if eager := [row for row in group if row.eager]:
             text += ["  the same, called from Python", _aligned([EAGER_HEAD, *map(_eager_cells, eager)])]
         text.append("")
@@ -248,6 +249,17 @@ def sentence(total: Summary) -> str:
         said += f"; regret of auto {total.regret[0]:.2f}, worst {total.regret[1]:.2f}"
     if total.red:
         said += f"; WRONG: {', '.join(row.layer.name for row in total.red)}"
+    return said
+
+
+def _asked(rows: Sequence[Row]) -> list[str]:
+    """A line for each threshold of a suite."""
+    one = rows[0]
+    said = []
+    for each in held(one.direction, one.dtype, one.layer.suite, rows, one.device):
+        missed = "".join(f", {row.layer.name} below {least:.2f}" for row, least in each.missed)
+        of, by = each.threshold.of, each.threshold.by
+        said.append(f"  asked of {of}, {by}: {each.asked:.2f}, and it is {each.geomean:.2f}{missed}")
     return said
 
 

@@ -129,9 +129,8 @@ class Row:
 
     def within(self, best: Peaks, then: Peaks) -> Row:
         """This row with the limit that the best peaks of the run give; `then` are those right after it."""
-        layer, times = self.layer, 3 if self.direction == "train" else 1
-        elements = sum(map(math.prod, (layer.input_shape, layer.problem.weight_shape, layer.output_shape)))
-        limit = best.limit(self.flop, elements * getattr(torch, self.dtype).itemsize * times)
+        times = 3 if self.direction == "train" else 1
+        limit = best.limit(self.flop, self.bytes * times)
         speed = then.flops / best.flops
         return dataclasses.replace(self, limit_s=limit.seconds, bound_by=limit.bound_by, speed=speed)
 
@@ -184,6 +183,12 @@ class Row:
         return self.layer.flop * (3 if self.direction == "train" else 1)
 
     @property
+    def bytes(self) -> int:
+        """Of input, weight and output."""
+        shapes = (self.layer.input_shape, self.layer.problem.weight_shape, self.layer.output_shape)
+        return sum(map(math.prod, shapes)) * int(getattr(torch, self.dtype).itemsize)
+
+    @property
     def short(self) -> bool:
         """Whether torch finishes the call in under 25 us, on a CPU."""
         return self.device == "cpu" and self.torch[self.torch_best].median_s < SHORT_S
@@ -196,7 +201,11 @@ class Row:
     @property
     def most(self) -> float:
         """The ratio that would be reached at the machine's limit."""
-        return self.torch[self.torch_best].median_s / self.limit_s
+        return self.most_in(self.torch_best)
+
+    def most_in(self, layout: str) -> float:
+        """The same of torch in one memory format; 0 if there is none."""
+        return self.torch[layout].median_s / self.limit_s if layout in self.torch else 0.0
 
 
 def best(timings: Mapping[str, Timing]) -> str:

@@ -1,7 +1,8 @@
 """What the suites are held to: the least geometric mean of the ratios, and the least ratio of a layer.
 
 Where the machine's own limit lies below that, LIMIT_SHARE of the limit counts instead.  A call that torch finishes in
-under 25 us is held to SHORT_WORST.
+under 25 us is held to SHORT_WORST.  On a GPU there are also ratios within one memory format, ratios of calls from
+Python, and shares of the limit itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from plainconv.bench.calls import CHANNELS_LAST, CONTIGUOUS
 from plainconv.bench.run import Row
 
 LIMIT_SHARE = 0.75
@@ -19,18 +21,36 @@ REGRET = (1.15, 1.5)  # of "auto": its time over that of the best algorithm, geo
 
 @dataclass(frozen=True)
 class Threshold:
-    """Of those layers of a suite that `of` picks: geomean and worst; `of` has a name for the reader."""
+    """Of those layers of a suite that `of` picks: geomean and worst of what `by` measures.
+
+    `of` and `by` are names for the reader, of PICKED and MEASURED.
+    """
 
     geomean: float
     worst: float
     of: str = "layers"
+    by: str = "ratio"
 
+
+LARGE = 100_000_000  # bytes of a layer's tensors, from which a GPU is held to a share of its limit
+WIDEST = 7  # taps along a dimension of such a layer, at most
 
 PICKED: dict[str, Callable[[Row], bool]] = {
     "layers": lambda row: True,
     "depthwise layers": lambda row: row.layer.problem.groups > 1,
     "transposed layers": lambda row: row.layer.transposed,
     "layers that are not transposed": lambda row: not row.layer.transposed,
+    "large depthwise layers": lambda row: (
+        row.layer.problem.groups > 1 and max(row.layer.problem.kernel) <= WIDEST and row.bytes > LARGE
+    ),
+}
+# What is held to a threshold, and the same at the machine's limit.
+MEASURED: dict[str, Callable[[Row], tuple[float | None, float]]] = {
+    "ratio": lambda row: (row.ratio, row.most),
+    "contiguous": lambda row: (row.ratio_in(CONTIGUOUS), row.most_in(CONTIGUOUS)),
+    "channels_last": lambda row: (row.ratio_in(CHANNELS_LAST), row.most_in(CHANNELS_LAST)),
+    "called from Python": lambda row: (row.eager_ratio, math.inf),
+    "share of the limit": lambda row: (row.share, math.inf),
 }
 
 _SEED = ("seed_picture", "seed_mnist")
@@ -107,7 +127,38 @@ def _train() -> dict[tuple[str, str], list[Threshold]]:
     return found
 
 
-THRESHOLDS = {"forward": _forward(), "train": _train()}
+def _cuda(train: bool) -> dict[tuple[str, str], list[Threshold]]:
+    found: dict[tuple[str, str], list[Threshold]] = {}
+    depthwise = (*_DEPTHWISE, *_WIDE_DEPTHWISE, "replknet31b_depthwise")
+    for dtype in ("float32", "bfloat16", "float16"):
+        if train:
+            every = (*depthwise, *_GROUPED, *_LONG, *_OTHERS, *_TRANSPOSED, *_DENSE, *_DENSE_3D, *_DENSE_WIDE)
+            found |= {(dtype, suite): [Threshold(1, 0)] for suite in (*every, *_DENSE_OTHERS)}
+            found |= {(dtype, suite): [Threshold(2, 0)] for suite in _SEED}
+            continue
+        for suites, geomean in (
+            (_SEED, 2.0),
+            (_GROUPED, 2.0),
+            (("conv1d_dense_gpu", *_LONG), 1.5),
+        ):
+            found |= {(dtype, suite): [Threshold(geomean, 0)] for suite in suites}
+        for suite in depthwise:
+            large = Threshold(0, 0.7, "large depthwise layers", "share of the limit")
+            found[dtype, suite] = [Threshold(2, 0, _only(suite)), large]
+        for suite in _TRANSPOSED:
+            found[dtype, suite] = [Threshold(1.3, 0, "transposed layers")]
+        found[dtype, "tiny_call"] = [Threshold(0, 1 / 3, by="called from Python")]
+    if not train:
+        for suite in (*_DENSE, *_DENSE_3D, *_DENSE_WIDE, *_DENSE_OTHERS):
+            found["bfloat16", suite] = [Threshold(1.1, 0, by="contiguous"), Threshold(0.9, 0, by="channels_last")]
+    return found
+
+
+# Device -> direction -> (type, suite) -> what is asked.
+THRESHOLDS = {
+    "cpu": {"forward": _forward(), "train": _train()},
+    "cuda": {"forward": _cuda(False), "train": _cuda(True)},
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +167,7 @@ class Held:
 
     Attributes:
         threshold: the one.
-        geomean: of the ratios that it picks.
+        geomean: of what it picks.
         asked: of that geomean, with regard to the machine's limit.
         missed: layers below what is asked of them, and that.
     """
@@ -131,22 +182,23 @@ class Held:
         return self.geomean >= self.asked and not self.missed
 
 
-def held(direction: str, dtype: str, suite: str, rows: Sequence[Row]) -> list[Held]:
+def held(direction: str, dtype: str, suite: str, rows: Sequence[Row], device: str = "cpu") -> list[Held]:
     """The verdict of each threshold that a suite has; none where no row has a speed."""
     found = []
-    for threshold in THRESHOLDS.get(direction, {}).get((dtype, suite), []):
-        picked = [(row, row.ratio) for row in rows if PICKED[threshold.of](row) and row.ratio is not None]
+    for threshold in THRESHOLDS[device].get(direction, {}).get((dtype, suite), []):
+        measured = [(row, *MEASURED[threshold.by](row)) for row in rows if PICKED[threshold.of](row)]
+        picked = [(row, value, most) for row, value, most in measured if value is not None]
         if picked:
-            geomean = _mean([ratio for _, ratio in picked])
-            asked = _least(threshold.geomean, _mean([row.most for row, _ in picked]))
-            each = [(row, ratio, _asked(threshold, row)) for row, ratio in picked]
-            missed = tuple((row, least) for row, ratio, least in each if ratio < least)
+            geomean = _mean([value for _, value, _ in picked])
+            asked = _least(threshold.geomean, _mean([most for *_, most in picked]))
+            each = [(row, value, _asked(threshold, row, most)) for row, value, most in picked]
+            missed = tuple((row, least) for row, value, least in each if value < least)
             found.append(Held(threshold, geomean, asked, missed))
     return found
 
 
-def _asked(threshold: Threshold, row: Row) -> float:
-    return _least(min(SHORT_WORST, threshold.worst) if row.short else threshold.worst, row.most)
+def _asked(threshold: Threshold, row: Row, most: float) -> float:
+    return _least(min(SHORT_WORST, threshold.worst) if row.short else threshold.worst, most)
 
 
 def _least(target: float, limit: float) -> float:

@@ -86,4 +86,43 @@ def test_wrong_layers_have_no_verdict():
 
 
 def test_the_suites_exist():
-    assert {suite for each in THRESHOLDS.values() for _, suite in each} <= set(bench.load())
+    asked = {suite for device in THRESHOLDS.values() for each in device.values() for _, suite in each}
+    assert asked <= set(bench.load())
+
+
+def test_what_is_asked_of_a_gpu_alone():
+    def on_gpu(layer, torch_s, our_s, limit_s, **more):
+        return dataclasses.replace(row(layer, torch_s, our_s, limit_s), device="cuda", **more)
+
+    def timing(contiguous, last):
+        each = {"contiguous": contiguous, "channels_last": last}
+        return {layout: Timing(seconds, seconds, seconds, 5) for layout, seconds in each.items()}
+
+    dense = bench.load()["vgg_a"][0]
+    given = on_gpu(dense, 1, 1, 1e-9, torch=timing(2.2, 0.8), ours=timing(2, 1), dtype="bfloat16")
+    contiguous, last = held("forward", "bfloat16", "vgg_a", [given], "cuda")
+    assert (contiguous.geomean, contiguous.good) == (pytest.approx(1.1), True)
+    assert (last.geomean, last.good) == (pytest.approx(0.8), False)
+    assert held("forward", "float32", "vgg_a", [given], "cuda") == []
+
+    layer = bench.load()["convnext"][0]
+    large = dataclasses.replace(layer.problem, batch=4096, groups=layer.problem.in_channels)
+    layer = dataclasses.replace(layer, problem=large)
+    ratio, share = held("forward", "float32", "convnext", [on_gpu(layer, 4, 1, 0.69)], "cuda")
+    assert ratio.good
+    assert not share.good
+    assert [least for _, least in share.missed] == [0.7]
+    small = dataclasses.replace(layer, problem=dataclasses.replace(large, batch=1))
+    assert len(held("forward", "float32", "convnext", [on_gpu(small, 4, 1, 0.69)], "cuda")) == 1
+
+    tiny = bench.load()["tiny_call"][0]
+    eager = {"torch": Timing(1e-6, 1e-6, 1e-6, 5), "ours": Timing(3.1e-6, 3.1e-6, 3.1e-6, 5)}
+    (one,) = held("forward", "float32", "tiny_call", [on_gpu(tiny, 1, 1, 1, eager=eager)], "cuda")
+    assert not one.good
+    assert one.geomean == pytest.approx(1 / 3.1)
+
+
+def test_a_table_says_what_is_asked():
+    text = bench.table([row(NET[0], 3.9e-3, 1e-3, 1e-5)])
+    assert "asked of layers, ratio: 4.00, and it is 3.90" in text
+    assert "below 2.00" not in text
