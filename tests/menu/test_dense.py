@@ -8,6 +8,7 @@ import pytest
 import torch
 from checks import CASES, channels_inside, check, compare, exact, given, integers, reals, request, result_of
 from guarded import guarded, guarded_inside, guarded_tables
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainconv.cpu import compile as cpu
 from plainconv.cpu import dense as kernel
@@ -339,6 +340,44 @@ def test_a_kernel_as_large_as_the_image_is_a_product_of_matrices(text, channels_
         assert products._product(asked)
         for layout in (None, channels_inside, ODD["every other place"]):
             check(direct.ALGORITHM, asked, integers, layout)
+
+
+class Fresh(TorchDispatchMode):
+    """The sizes of tensors that operators of torch make, and of those that they fill from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.filled = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.copy_.default:
+            self.filled.append(result.numel())
+        elif not function.is_view:
+            self.made.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@both_layouts
+@pytest.mark.parametrize("direction", list(Direction), ids=lambda d: d.value)
+def test_a_product_of_matrices_copies_nothing_beside_the_workspace(direction, channels_last, packed):
+    """Nor the weight, in whichever order it lies; images that lie in another one are put in order."""
+    if packed and direction is Direction.GRAD_WEIGHT:
+        pytest.skip("it makes the weight")
+    asked = asked_for(ONE_PLACE[0], direction=direction, channels_last=channels_last, packed=packed)
+    tensors, out = given(asked, reals), torch.empty(asked.problem.shape_of(direction.makes))
+    workspace = torch.empty(direct.ALGORITHM.cost(asked).workspace, dtype=torch.uint8)
+    for order in (torch.Tensor.contiguous, channels_inside):
+        tensors = tensors._replace(first=order(tensors.first))
+        out = channels_inside(out) if channels_last else out
+        for weight in (torch.Tensor.contiguous, channels_inside):
+            found = tensors._replace(second=weight(tensors.second))
+            call = products.pack(asked, found, {}) if packed else products.bind(asked, found)
+            with Fresh() as fresh:
+                call(found, out, workspace)
+            assert not fresh.made
+            assert set(fresh.filled) <= {asked.problem.batch * asked.problem.in_channels * asked.problem.taps}
 
 
 @both_layouts
