@@ -22,7 +22,7 @@ from torch import Tensor
 from plainconv import measure
 from plainconv.cpu import compile as cpu
 from plainconv.measure import Candidate, Record
-from plainconv.memory import LARGE, lent
+from plainconv.memory import lent
 from plainconv.menu import ALGORITHMS, fitted
 from plainconv.menu.base import (
     DTYPES,
@@ -71,7 +71,8 @@ class Verdict:
         return self.cost.seconds if self.cost else float("inf")
 
 
-_kept = threading.local()  # scratch memory of less than LARGE bytes, from call to call
+LENT_SCRATCH = 2 << 20  # bytes of scratch memory from which it is lent to each call
+_kept = threading.local()  # less stays with the thread, from call to call
 
 
 def _take(size: int) -> Tensor:
@@ -107,8 +108,8 @@ class Plan:
         elif algorithm.bind:
             run = algorithm.bind(request, tensors)
         device = tensors.first.device
-        kept = size < LARGE and device.type == "cpu"
-        large = size >= LARGE and device.type == "cpu"
+        kept = size < LENT_SCRATCH and device.type == "cpu"
+        large = size >= LENT_SCRATCH and device.type == "cpu"
         unfinished = not algorithm.fuses and finish_seconds(request) > 0
 
         if not size and not unfinished:

@@ -22,7 +22,7 @@ MOST_GROWTH = 64 << 20
 def resident():
     """Bytes of this process that are in memory, but for what waits to be lent again, which has a bound of its own."""
     gc.collect()
-    assert sum(map(len, memory._waiting)) <= memory.MOST_KEPT
+    assert sum(size * len(alike) for size, alike in memory._waiting.items()) <= memory.MOST_KEPT
     memory._waiting.clear()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what the C library keeps is not ours
         trim(0)

@@ -14,20 +14,29 @@ from checks import request
 
 import plainconv
 from plainconv import memory
-from plainconv.memory import LARGE, lent
+from plainconv.memory import lent
 from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import Cost, Tensors
-from plainconv.plan import Plan
+from plainconv.plan import LENT_SCRATCH, Plan
 from plainconv.problem import ConvProblem, Direction
 
-FLOATS = LARGE // 4
+PAGE = memory._PAGE
+FLOATS = PAGE // 4
 
 
 @pytest.fixture(autouse=True)
 def _nothing_waits():
-    memory._waiting.clear()
+    def forget():
+        memory._waiting.clear()
+        memory._most.clear()
+
+    forget()
     yield
-    memory._waiting.clear()
+    forget()
+
+
+def waiting():
+    return [len(block) for alike in memory._waiting.values() for _, block in alike]
 
 
 def test_a_result_has_what_was_asked_for_and_is_no_view():
@@ -35,7 +44,7 @@ def test_a_result_has_what_was_asked_for_and_is_no_view():
     assert (y.shape, y.stride(), y.dtype) == ((2, 3, FLOATS), (3 * FLOATS, 1, 3), torch.float32)
     assert not y._is_view()
     assert y.data_ptr() % 64 == 0
-    assert y.untyped_storage().nbytes() == 6 * LARGE
+    assert y.untyped_storage().nbytes() == 6 * PAGE
 
 
 def test_memory_is_lent_again_when_nothing_uses_it_any_more():
@@ -63,7 +72,7 @@ def test_what_was_given_back_last_is_lent_first():
     assert lent((FLOATS,), (1,), torch.float32).data_ptr() == last
 
 
-@pytest.mark.parametrize("size", [LARGE - 64, LARGE, 3 * LARGE // 2])
+@pytest.mark.parametrize("size", [LENT_SCRATCH - 64, LENT_SCRATCH, 3 * LENT_SCRATCH // 2])
 def test_scratch_of_any_size_is_the_same_in_the_next_call(size):
     """Else each call would find it in other places, which no cache holds."""
     seen = []
@@ -88,14 +97,32 @@ def test_a_block_is_not_lent_to_results_much_smaller_than_it_or_larger():
 
 
 def test_what_waits_is_bounded_and_the_oldest_goes(monkeypatch):
-    monkeypatch.setattr(memory, "MOST_KEPT", 3 * LARGE)
+    monkeypatch.setattr(memory, "MOST_KEPT", 3 * PAGE)
     tensors = [lent((FLOATS,), (1,), torch.float32) for _ in range(5)]
     places = [each.data_ptr() for each in tensors]
     while tensors:
         del tensors[0]
-    assert sum(map(len, memory._waiting)) == 3 * LARGE
+    assert sum(waiting()) == 3 * PAGE
     again = [lent((FLOATS,), (1,), torch.float32) for _ in range(3)]
     assert {each.data_ptr() for each in again} == set(places[2:])
+
+
+def test_what_waits_in_blocks_of_several_sizes_is_bounded_together(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_KEPT", 6 * PAGE)
+    tensors = [lent((count * FLOATS,), (1,), torch.float32) for count in (2, 1, 3, 1, 2)]
+    places = [each.data_ptr() for each in tensors]
+    while tensors:
+        del tensors[0]
+    assert sorted(waiting()) == [PAGE, 2 * PAGE, 3 * PAGE]
+    again = [lent((count * FLOATS,), (1,), torch.float32) for count in (2, 1, 3)]
+    assert [each.data_ptr() for each in again] == [places[4], places[3], places[2]]
+    assert not waiting()
+
+
+@pytest.mark.parametrize("size", [memory.LARGE, PAGE - 4, 3 * PAGE, 100 * PAGE + 4])
+def test_a_block_is_at_most_an_eighth_larger_and_a_page(size):
+    block = memory._size(size)
+    assert size <= block <= size + max(size // 8, PAGE if size > PAGE else 0)
 
 
 def test_large_results_and_gradients_use_it(monkeypatch):
@@ -140,7 +167,7 @@ def test_many_threads_at_once():
         thread.join()
     gc.collect()
     assert not wrong
-    assert 1 <= len(memory._waiting) <= 16, "a thread asks for its next before it gives back"
+    assert 1 <= len(waiting()) <= 16, "a thread asks for its next before it gives back"
 
 
 def test_a_result_may_outlive_the_interpreter():
