@@ -13,12 +13,22 @@ from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from plainconv.gpu.launch import Launch
+from plainconv.problem import Direction
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes that a block of threads may have
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async"}  # the older serve the newer, too, in small tiles
+
+TYPES = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "float32 as TF32": (torch.float32, True),
+    "float64": (torch.float64, False),
+}  # and whether float32 may be rounded
 
 
 class Compiled(NamedTuple):
@@ -75,3 +85,9 @@ def gpu(capability: int) -> Iterator[None]:
     fake = mock.Mock(**{f"{name}.return_value": value for name, value in named.items()})
     with mock.patch.object(driver, "_active", fake):
         yield
+
+
+def typical(outputs: int, direction: Direction) -> str:
+    """A layer with so many outputs."""
+    c, o = (outputs, 64) if direction is Direction.GRAD_INPUT else (64, outputs)
+    return f"n8 c{c} o{o} x28x28 k3x3 s2 p1"

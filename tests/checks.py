@@ -293,12 +293,12 @@ def result_of(
     Where a bias is made, it is filled, too.
     """
     tensors = Tensors(first, second, bias, residual)
-    out = torch.empty(asked.problem.shape_of(asked.direction.makes), dtype=asked.dtype)
+    out = torch.empty(asked.problem.shape_of(asked.direction.makes), dtype=asked.dtype, device=first.device)
     if asked.channels_last:
         out = channels_last(out)
     poison(out)
     size = algorithm.cost(asked).workspace
-    block = torch.full((GUARD + size + GUARD,), CANARY, dtype=torch.uint8)
+    block = torch.full((GUARD + size + GUARD,), CANARY, dtype=torch.uint8, device=first.device)
     workspace = block[GUARD : GUARD + size]
     workspace.fill_(0xFF)  # NaN in every floating type
     strides, before = out.stride(), [t if t is None else t.clone() for t in tensors]
@@ -329,15 +329,17 @@ def check(
     values: object = integers,
     layout: object = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
-    """Hold one algorithm to the definition on one request."""
-    tensors = given(asked, values, seed)
+    """Hold one algorithm to the definition on one request, with tensors on a device."""
+    tensors = Tensors(*(None if tensor is None else tensor.to(device) for tensor in given(asked, values, seed)))
     if algorithm.name == "separable":
         tensors = tensors._replace(second=product_of_lines(tensors.second))
     if layout is not None:
         tensors = tensors._replace(first=layout(tensors.first), second=layout(tensors.second))  # type: ignore[operator]
     result = result_of(algorithm, asked, *tensors)
-    compare(algorithm, asked, result, *tensors, to_the_bit=values is integers)
+    at_home = (None if tensor is None else tensor.cpu() for tensor in tensors)
+    compare(algorithm, asked, result.cpu(), *at_home, to_the_bit=values is integers)  # type: ignore[arg-type]
 
 
 def compare(

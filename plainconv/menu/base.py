@@ -118,6 +118,16 @@ def summation_error(terms: int) -> float:
     return min(terms + 1.0, 6 * math.sqrt(terms) + 2)
 
 
+# Units of eps: 10 of 23 bits are left of both factors, cut and not rounded, so that a product is off by 2^-9 of itself
+# at most: 2^14 units. Six times that, since over the root of its terms a sum is held to it, too (bench/check.py).
+_TF32 = 6 * 2.0**14
+
+
+def matrix_error(request: Request) -> float:
+    """The same of matrix units, which cut float32 to TF32 where they may."""
+    return sum_error(request) + _TF32 * request.tf32
+
+
 # -- what comes behind the convolution --------------------------------------------------------------------------------
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {

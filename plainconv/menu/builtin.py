@@ -22,8 +22,8 @@ from plainconv.menu.base import (
     Cost,
     Tensors,
     machine,
+    matrix_error,
     product_seconds,
-    sum_error,
 )
 from plainconv.problem import Direction, Request
 
@@ -84,4 +84,4 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
     out.copy_(made)
 
 
-ALGORITHM = Algorithm("builtin", _why_not, _cost, sum_error, _run)
+ALGORITHM = Algorithm("builtin", _why_not, _cost, matrix_error, _run)

@@ -13,7 +13,7 @@ Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded u
 from __future__ import annotations
 
 from plainconv.menu import products
-from plainconv.menu.base import Algorithm, sum_error
+from plainconv.menu.base import Algorithm, matrix_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
@@ -29,7 +29,7 @@ ALGORITHM = folding(
         "direct",
         _why_not,
         products.cost,
-        sum_error,
+        matrix_error,
         products.run,
         version=2,
         fuses=True,

@@ -11,7 +11,7 @@ Cost: n * o * c/g * out multiplies, places (or output channels) rounded up to la
 from __future__ import annotations
 
 from plainconv.menu import products
-from plainconv.menu.base import Algorithm, sum_error
+from plainconv.menu.base import Algorithm, matrix_error
 from plainconv.menu.fold import folding
 from plainconv.problem import Request
 
@@ -27,7 +27,7 @@ ALGORITHM = folding(
         "pointwise",
         _why_not,
         products.cost,
-        sum_error,
+        matrix_error,
         products.run,
         version=3,
         fuses=True,

@@ -1,5 +1,6 @@
 """Points in float64: the same as the whole by definition, and red as soon as something is wrong."""
 
+import dataclasses
 import math
 
 import checks
@@ -8,7 +9,7 @@ import torch
 
 from plainconv.bench import check
 from plainconv.bench.check import exact, judge, sample
-from plainconv.problem import ConvProblem, Direction
+from plainconv.problem import ConvProblem, Direction, Request
 
 CASES = {name: ConvProblem.parse(text) for name, text in checks.CASES.items() if " m" not in text}
 
@@ -93,3 +94,20 @@ def test_a_gradient_that_misses_an_image_is_wrong():
     assert judge(checks.result_of(algorithm, asked, x, y), expected, algorithm.error(asked)).right
     y[77] = 0
     assert not judge(checks.result_of(algorithm, asked, x, y), expected, algorithm.error(asked)).right
+
+
+def test_factors_cut_to_tf32_are_within_the_claim():
+    """As matrix units take them: the last 13 bits are not looked at. A tap that is lost is seen all the same."""
+    problem = ConvProblem.parse("n2 c64 o64 x14x14 k3x3 p1")
+    request = Request(problem, Direction.FORWARD, torch.float32, "cuda", tf32=True)
+    x, w = (torch.randn(problem.shape_of(role)) for role in "xw")
+    expected = exact(problem, Direction.FORWARD, x, w)
+    cut = [(t.view(torch.int32) & -(1 << 13)).view(torch.float32).double() for t in (x, w)]
+    claim = checks.BY_NAME["direct"].error(request)
+    made = torch.nn.functional.conv2d(*cut, padding=1).float()
+    verdict = judge(made, expected, claim)
+    assert verdict.right
+    assert verdict.units > 1000, "it is off by what an exact product would not be"
+    assert not judge(made, expected, checks.BY_NAME["direct"].error(dataclasses.replace(request, tf32=False))).right
+    cut[1][..., 2, 2] = 0
+    assert not judge(torch.nn.functional.conv2d(*cut, padding=1).float(), expected, claim).right

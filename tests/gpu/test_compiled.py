@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead import MATRIX_UNITS, SHARED, asked_for, compiled
+from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, typical
 from interpreted import asked
 
 from plainconv.gpu import launch
@@ -12,13 +12,6 @@ from plainconv.problem import FORMATS, ConvProblem, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
 
-TYPES = {
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-    "float32": (torch.float32, False),
-    "float32 as TF32": (torch.float32, True),
-    "float64": (torch.float64, False),
-}
 KINDS = (
     (Direction.FORWARD, True),
     (Direction.GRAD_INPUT, False),
@@ -44,12 +37,6 @@ def launched(text, direction, dtype, last, tf32=False):
     if few:
         return launch.rolling(request, read, w, made.stride()), (read, w, w, None, made)
     return launch.implicit(request, read, made.stride()), (read, w, w, None, made)
-
-
-def typical(outputs, direction):
-    """A layer with so many outputs."""
-    c, o = (outputs, 64) if direction is Direction.GRAD_INPUT else (64, outputs)
-    return f"n8 c{c} o{o} x28x28 k3x3 s2 p1"
 
 
 @pytest.mark.parametrize("row", launch.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
