@@ -29,6 +29,7 @@ from plainconv.bench.peaks import Peaks
 from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
 from plainconv.menu import ALGORITHMS
+from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import Explanation
 from plainconv.remember import forget
 from plainconv.timing import Timing, in_turn
@@ -413,7 +414,11 @@ def _regret(
         if verdict.cost.seconds > FAR * least:
             left_out[name] = f"its estimate is {verdict.cost.seconds / least:.0f} times the best"
             continue
-        each = named(name)
+        try:
+            each = named(name)
+        except AlgorithmRefused as refused:  # it makes this gradient, but not the result whose gradient it is
+            left_out[name] = str(refused)
+            continue
         if not judge(each[0]()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
             left_out[name] = "its result is wrong"
         elif name != explanation.chosen:

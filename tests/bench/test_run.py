@@ -134,6 +134,14 @@ def test_the_regret_is_of_what_might_have_been_chosen():
     assert "depthwise" in regret.seconds
 
 
+def test_what_makes_a_gradient_but_not_its_result_is_left_out():
+    layer = Layer("tiny", "to 3 channels", ConvProblem.parse("n2 c3 o128 x16x16 k4x4 s2 p1"), transposed=True)
+    given, of = calls.tensors(layer, torch.float32).to(calls.CHANNELS_LAST), "grad_input"
+    told, expected = run._explained(layer, of, given), run._expected(layer, of, given)
+    regret = run._regret(layer, setting(of, regret=True), [given], told, expected)
+    assert "refuses grad_input" in regret.left_out["narrow"]  # the layer's own result, a gradient of its problem
+
+
 def test_the_machine_is_measured_after_each_layer_and_the_best_counts(monkeypatch):
     speeds = iter([5e10, 2e11, 1e11])
     monkeypatch.setattr(
