@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plainconv import reference
-from plainconv.menu import ALGORITHMS, fourier
+from plainconv.menu import ALGORITHMS, fft
 from plainconv.menu.base import INTEGERS, Algorithm, Tensors, compute_dtype, finish, summation_error
 from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
@@ -30,14 +30,17 @@ ROUNDING = frozenset({"fft", "winograd"})
 INEXACT = ROUNDING | {"separable"}  # every other algorithm is exact on small integers
 FORWARD_ONLY = ("narrow", "depthwise", "direct", "pointwise")  # and what else they refuse is tested by name
 EVERYWHERE = tuple(name for name in BY_NAME if name not in (*FORWARD_ONLY, "winograd", "separable", "builtin"))
-# fft on the engine alone: the algorithm itself takes the quicker way, which for small problems is tensor operations.
-FOURIER = Algorithm(
-    "fft",
-    fourier.why_not,
-    fourier.cost,
-    fourier.error,
-    lambda asked, tensors, out, workspace: fourier.bind(asked, tensors)(tensors, out, workspace),
-    fuses=True,
+# fft on the engine alone: the algorithm itself takes the quickest way, which for small problems is tensor operations.
+FOURIER, SPECTRAL = (
+    Algorithm(
+        "fft",
+        way.why_not,
+        way.cost,
+        way.error,
+        lambda asked, tensors, out, workspace, way=way: way.bind(asked, tensors)(tensors, out, workspace),  # type: ignore
+        fuses=True,
+    )
+    for way in fft.ENGINE
 )
 GUARD = 4096  # bytes before and behind the workspace
 CANARY = 0xA5

@@ -11,7 +11,8 @@ A transform of length F makes the row circular; only the first T = F - K + 1 out
 wrapped.  So the output is cut into tiles of T: a tile reads F input places (overlap-save), and its adjoint adds F
 places back (overlap-add).  Memory is a few tiles, however large the image.  A stride keeps every s-th output of a tile.
 
-Where the engine can do the same with short rows in registers, and is estimated to be quicker, it does: fourier.py.
+Where the engine is estimated to be quicker, it does the same: with short rows in registers, fourier.py, or for single
+channels in channels_last in two dimensions at once, spectral.py.
 
 Cost: F log F for each channel of each tile, and n * o * c/g * F multiplies; the error grows with log F, but is
 relative to the largest sum (or product) of a tile, not to each.  A NaN or infinity spreads over its tile.
@@ -23,13 +24,14 @@ from __future__ import annotations
 import math
 from functools import lru_cache, partial
 from itertools import product
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from plainconv.border import gather, inner, runs, scatter_add
-from plainconv.menu import fourier
+from plainconv.menu import fourier, spectral
 from plainconv.menu.base import (
     INTEGERS,
     Algorithm,
@@ -50,6 +52,7 @@ from plainconv.problem import Direction, Request
 
 TILE_ELEMENTS = 1 << 16  # a tile of one channel, at most, unless the kernel alone is larger
 MEASURED = 0.475  # seconds over estimated ones, in the direction and the type in which they were
+ENGINE = (fourier, spectral)  # ways to do it there
 MATRIX_TERMS = 12  # from here a matrix product for each frequency pays for the rearranging it needs
 
 
@@ -254,14 +257,15 @@ def _cost_in_tensors(request: Request) -> Cost:
 
 
 @lru_cache(4096)
-def _served(request: Request) -> tuple[Cost, bool]:
-    """What it costs, and whether on the engine; in tensor operations, if these are estimated to be quicker."""
-    slow = _cost_in_tensors(request)
-    if fourier.why_not(request) is None:
-        fast = fourier.cost(request)
-        if fast.workspace <= request.max_workspace and fast.seconds < slow.seconds:
-            return fast, True
-    return slow, False
+def _served(request: Request) -> tuple[Cost, ModuleType | None]:
+    """What it costs, and in which way on the engine; None: in tensor operations, if these are estimated quickest."""
+    found, best = _cost_in_tensors(request), None
+    for way in ENGINE:
+        if way.why_not(request) is None:
+            cost = way.cost(request)
+            if cost.workspace <= request.max_workspace and cost.seconds < found.seconds:
+                found, best = cost, way
+    return found, best
 
 
 def _cost(request: Request) -> Cost:
@@ -269,7 +273,8 @@ def _cost(request: Request) -> Cost:
 
 
 def _error(request: Request) -> float:
-    return fourier.error(request) if _served(request)[1] else _error_in_tensors(request)
+    way = _served(request)[1]
+    return way.error(request) if way else _error_in_tensors(request)
 
 
 def _error_in_tensors(request: Request) -> float:
@@ -280,14 +285,14 @@ def _error_in_tensors(request: Request) -> float:
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
-    return fourier.bind(request, tensors) if _served(request)[1] else partial(_run_in_tensors, request)
+    way = _served(request)[1]
+    return way.bind(request, tensors) if way else partial(_run_in_tensors, request)
 
 
 def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
     """The same for a weight that stays: on the engine it is transformed once."""
-    if _served(request)[1]:
-        return fourier.bind(request, tensors, made)
-    return partial(_run_in_tensors, request)
+    way = _served(request)[1]
+    return way.bind(request, tensors, made) if way else partial(_run_in_tensors, request)
 
 
 def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
@@ -295,4 +300,4 @@ def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> N
     bind(request, tensors)(tensors, out, workspace)
 
 
-ALGORITHM = Algorithm("fft", _why_not, _cost, _error, run, version=2, bind=bind, pack=pack)
+ALGORITHM = Algorithm("fft", _why_not, _cost, _error, run, version=3, bind=bind, pack=pack)
