@@ -275,30 +275,32 @@ class Split(NamedTuple):
     part: int
 
 
-def split_of(request: Request) -> Split:
+def split_of(request: Request, most_parts: int) -> Split:
     """By the sizes alone: as many parts as keep a GPU busy, none of them empty."""
     problem, (most, depth) = request.problem, tile_of(request)
     outputs, inputs = blocks_of(problem.group_out).outputs, enough(problem.group_in, most)
     count = problem.groups * problem.taps * tiles(problem.group_out, outputs) * tiles(problem.group_in, inputs)
-    return Split(outputs, inputs, depth, count, *_parts(problem, count, depth))
+    return Split(outputs, inputs, depth, count, *_parts(problem, count, depth, most_parts))
 
 
-def _parts(problem: ConvProblem, count: int, depth: int) -> tuple[int, int]:
+def _parts(problem: ConvProblem, count: int, depth: int, most: int) -> tuple[int, int]:
     """Into how many parts the places are cut for so many tiles of a weight, and how many steps each of them has."""
     steps = max(tiles(problem.batch * math.prod(problem.out), depth), 1)
-    part = tiles(steps, min(max(BUSY // max(count, 1), 1), steps))
+    part = tiles(steps, min(max(BUSY // max(count, 1), 1), steps, most))
     return tiles(steps, part), part
 
 
-def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
+Made = tuple[int, int, int, int]  # strides of the sums of parts: part, output channel, tap, input channel
+
+
+def weights(request: Request, split: Split, x: Tensor, y: Tensor, made: Made) -> Launch:
     """GRAD_WEIGHT in the parts of `split_of`.
 
-    x, y: lying as in the calls.  Call it with both, and the sums of the parts to fill, [parts, o, taps, c/g]
-    (contiguous).
+    x, y: lying as in the calls.  Call it with both, and the sums of the parts to fill, in the type of the sums.
     """
     from plainconv.gpu.kernels.weights import weights as kernel
 
-    problem, split, widest = request.problem, split_of(request), VECTOR // x.dtype.itemsize
+    problem, widest = request.problem, VECTOR // x.dtype.itemsize
     blocks = blocks_of(problem.group_out)
     x_last, y_last = _channels_last(x, request), _channels_last(y, request)
     of_x, of_y = _strides(x.shape, x.stride()), _strides(y.shape, y.stride())
@@ -314,6 +316,7 @@ def weights(request: Request, x: Tensor, y: Tensor) -> Launch:
             problem.groups,
             split.part,
             *_meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
+            *made,
         ),
         {
             **_kernel(problem),
@@ -341,7 +344,7 @@ class Taps(NamedTuple):
     part: int
 
 
-def taps_of(request: Request) -> Taps:
+def taps_of(request: Request, most_parts: int) -> Taps:
     """By the sizes alone, as `split_of`."""
     problem = request.problem
     deep, high, wide = three(problem.kernel, 1)
@@ -352,14 +355,14 @@ def taps_of(request: Request) -> Taps:
     tile = rolling_of(request, tiled)
     count = (1 if several else problem.groups) * tiles(tiled, tile.outputs) * problem.group_in
     count *= deep * tiles(high, lines) * tiles(wide, columns)
-    return Taps(tile, lines, columns, count, *_parts(problem, count, tile.places))
+    return Taps(tile, lines, columns, count, *_parts(problem, count, tile.places, most_parts))
 
 
-def taps(request: Request, x: Tensor, y: Tensor) -> Launch:
+def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Launch:
     """GRAD_WEIGHT without matrix units, in the parts of `taps_of`; called as `weights`."""
     from plainconv.gpu.kernels.taps import taps as kernel
 
-    problem, split, widest = request.problem, taps_of(request), VECTOR // x.dtype.itemsize
+    problem, widest = request.problem, VECTOR // x.dtype.itemsize
     x_last, y_last = _channels_last(x, request), _channels_last(y, request)
     each = problem.group_out if request.channels_last and problem.groups > 1 else 0
     groups = 1 if each else problem.groups
@@ -375,6 +378,7 @@ def taps(request: Request, x: Tensor, y: Tensor) -> Launch:
             groups,
             split.part,
             *_meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
+            *made,
         ),
         {
             **_kernel(problem),

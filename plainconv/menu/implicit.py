@@ -56,10 +56,8 @@ def speed(request: Request) -> float:
 
 def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these; made: of a weight that stays."""
-    shape, room = request.problem.shape_of(request.direction.makes), _room(request)
-    lies = FORMATS[len(shape)] if request.channels_last else torch.contiguous_format
-    strides = torch.empty(shape, dtype=request.dtype, device="meta", memory_format=lies).stride()
-    fill = launch.implicit(request, tensors.first, strides)
+    room = _room(request)
+    fill = launch.implicit(request, tensors.first, strides(request))
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype
@@ -75,6 +73,13 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
         fill(read, w, bias, residual, out)
 
     return run
+
+
+def strides(request: Request) -> tuple[int, ...]:
+    """Of the result."""
+    shape = request.problem.shape_of(request.direction.makes)
+    lies = FORMATS[len(shape)] if request.channels_last else torch.contiguous_format
+    return torch.empty(shape, device="meta", memory_format=lies).stride()
 
 
 def _room(request: Request) -> Buffer:

@@ -12,15 +12,15 @@ Cost: n * o * c/g * taps * out multiplies, outputs rounded up to those of a tile
 from __future__ import annotations
 
 import math
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from plainconv.gpu import launch
-from plainconv.menu import split
+from plainconv.menu import implicit, split
 from plainconv.menu.base import Bound, Cost, Tensors, machine, moved_bytes
 from plainconv.menu.engine import padded
-from plainconv.problem import FORMATS, Direction, Request
+from plainconv.problem import Direction, Request
 
 MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units win
 SPEED = 2.0  # products without them, beside those of float32 in matrices
@@ -47,7 +47,8 @@ def cost(request: Request) -> Cost:
     speeds, moved = machine(request), moved_bytes(request)
     speed = speeds.multiplies * SPEED / max(request.dtype.itemsize // 4, 1)
     if request.direction is Direction.GRAD_WEIGHT:
-        return split.priced(request, launch.taps_of(request).parts, multiplies, speed)
+        parts = launch.taps_of(request, split.most_parts(request)).parts
+        return split.priced(request, parts, multiplies, speed)
     seconds = max(multiplies / speed, moved / speeds.bytes)
     return Cost(multiplies, moved, 0, speeds.call + seconds)
 
@@ -55,12 +56,9 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
     if request.direction is Direction.GRAD_WEIGHT:
-        parts = launch.taps_of(request).parts
-        return split.added(request, parts, launch.taps(request, tensors.first, tensors.second))
-    shape = request.problem.shape_of(request.direction.makes)
-    lies = FORMATS[len(shape)] if request.channels_last else torch.contiguous_format
-    strides = torch.empty(shape, dtype=request.dtype, device="meta", memory_format=lies).stride()
-    fill = launch.rolling(request, tensors.first, tensors.second, strides)
+        cut = launch.taps_of(request, split.most_parts(request))
+        return split.added(request, cut.parts, partial(launch.taps, request, cut, tensors.first, tensors.second))
+    fill = launch.rolling(request, tensors.first, tensors.second, implicit.strides(request))
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         fill(*tensors, out)

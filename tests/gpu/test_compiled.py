@@ -32,7 +32,8 @@ def launched(text, direction, dtype, last, tf32=False):
     )
     few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
     if weighs:
-        return (launch.taps if few else launch.weights)(request, x, y), (x, y, w.to(compute_dtype(dtype)))
+        cut, fill = (launch.taps_of, launch.taps) if few else (launch.split_of, launch.weights)
+        return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
     if few:
         return launch.rolling(request, read, w, made.stride()), (read, w, w, None, made)

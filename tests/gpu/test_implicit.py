@@ -83,6 +83,17 @@ def test_the_gradient_of_a_bias_is_made_beside_that_of_the_weight(last, interpre
         interpreted(check, "direct", request, reals)
 
 
+@formats
+def test_a_single_part_is_written_where_it_belongs(last, interpreted):
+    for text, room in ((CHANNELS, 0), ("n3 c4 o6 x9x8 k2x3 p1 g2", 0), ("n2 c3 o5 x4x5x3 k2x1x2 p1", 0)):
+        request = asked(text, Direction.GRAD_WEIGHT, channels_last=last, max_workspace=room)
+        interpreted(check, "direct", request, layout=LAYOUTS[last])
+    request = asked(
+        "n3 c4 o6 x9x8 k2x3 p1 g2", Direction.GRAD_WEIGHT, torch.bfloat16, channels_last=last, max_workspace=0
+    )
+    interpreted(check, "direct", request, reals, LAYOUTS[last])
+
+
 @maps
 def test_a_weight_that_stays_is_turned_once(direction, interpreted):
     for text in ("n2 c4 o6 x5x4 k3x3 p1", "n2 c4 o6 x5x4 k3x3 p1 mreflect"):

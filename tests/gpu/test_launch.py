@@ -1,5 +1,6 @@
 """How the GPU's launches are counted; nothing is launched."""
 
+import dataclasses
 import math
 
 import pytest
@@ -42,3 +43,19 @@ def test_what_is_counted_has_no_more_places_than_are_let_in(text, direction):
     request = asked(text, direction)
     problem = request.problem
     assert launch.starts_of(request) < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_as_many_as_there_is_room_for(dtype):
+    for text, name in (("n8 c64 o64 x28x28 k3x3 p1", "direct"), ("n8 c64 o64 x28x28 k3x3 p1 g64", "depthwise")):
+        request = dataclasses.replace(asked(text, Direction.GRAD_WEIGHT), dtype=dtype)
+        whole = math.prod(request.problem.weight_shape) * 4
+        seen = []
+        for room in (1 << 30, 5 * whole, whole, 0):
+            allowed = dataclasses.replace(request, max_workspace=room)
+            needs = BY_NAME[name].cost(allowed).workspace
+            assert needs <= max(room, whole if dtype is torch.bfloat16 else 0)
+            seen.append(needs)
+        assert seen == sorted(seen, reverse=True)
+        assert seen[1] == 5 * whole, "not fewer than there is room for"
+        assert seen[-1] == (whole if dtype is torch.bfloat16 else 0), "a single part is the result itself"

@@ -87,6 +87,12 @@ def test_the_gradient_of_a_bias_is_made_beside_that_of_the_weight(last, interpre
     check_both(interpreted, "n3 c4 o4 x4x5 k2x3 p1 g4", Direction.GRAD_WEIGHT, reals, last=last, has_bias=True)
 
 
+@formats
+def test_a_single_part_is_written_where_it_belongs(last, interpreted):
+    for text in ("n2 c6 o12 x9x8 k3x2 p1 g3", "n2 c3 o4 x20x19 k3x3 p1"):
+        check_both(interpreted, text, Direction.GRAD_WEIGHT, last=last, max_workspace=0)
+
+
 @directions
 def test_a_missing_tap_is_seen(direction, interpreted):
     for text in (CASES["depthwise"], CASES["3x3"]):

@@ -19,7 +19,7 @@ from plainconv.gpu.kernels.places import offset_of, place_of, repeated
 def taps(
     x,
     y,
-    parts,  # [parts, o, taps, c/g], contiguous, in the type of the sums
+    made,  # [parts, o, taps, c/g], in the type of the sums
     images: tl.int32,
     outer: tl.int32,  # channels that tiles are of, a group's or (EACH) all, in Y_UNITs
     groups: tl.int32,  # that have tiles of their own
@@ -43,6 +43,10 @@ def taps(
     y_d: tl.int64,
     y_h: tl.int64,
     y_w: tl.int64,
+    made_part: tl.int64,
+    made_o: tl.int64,
+    made_tap: tl.int64,
+    made_c: tl.int64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -61,10 +65,9 @@ def taps(
 ):
     """A block of taps of a tile of channels, in one part, for each program."""
     M: tl.constexpr = 0 if CHANNELS else 1  # the axis of a tile that places are along
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     DOWN: tl.constexpr = (KERNEL[1] + LINES - 1) // LINES  # blocks of taps
     ACROSS: tl.constexpr = (KERNEL[2] + COLUMNS - 1) // COLUMNS
-    SUM: tl.constexpr = parts.dtype.element_ty
+    SUM: tl.constexpr = made.dtype.element_ty
     outer *= Y_UNIT
     if X_LAST:
         x_channel = 1
@@ -118,10 +121,10 @@ def taps(
                 grown = grown + (total[line * COLUMNS + column] + left * right,)
         total = grown
 
-    at = (p * groups * outer + n).to(tl.int64) * TAPS
+    at = p.to(tl.int64) * made_part + n.to(tl.int64) * made_o + k * made_c
     for of_line in tl.static_range(LINES):
         for of_column in tl.static_range(COLUMNS):
             tap = (t_d * KERNEL[1] + t_h + of_line) * KERNEL[2] + t_w + of_column
             if (t_h + of_line < KERNEL[1]) & (t_w + of_column < KERNEL[2]):
                 sums = tl.sum(total[of_line * COLUMNS + of_column], M)
-                tl.store(parts + (at + tap) * INNER + k, sums, mask=is_made)
+                tl.store(made + at + tap * made_tap, sums, mask=is_made)

@@ -17,7 +17,7 @@ from plainconv.gpu.kernels.places import offset_of, place_of
 def weights(
     x,
     y,
-    parts,  # [parts, o, taps, c/g], contiguous, in the type of the sums
+    made,  # [parts, o, taps, c/g], in the type of the sums
     images: tl.int32,
     inputs: tl.int32,  # channels of a group, in X_UNITs
     outputs: tl.int32,  # the same, in Y_UNITs
@@ -42,6 +42,10 @@ def weights(
     y_d: tl.int64,
     y_h: tl.int64,
     y_w: tl.int64,
+    made_part: tl.int64,
+    made_o: tl.int64,
+    made_tap: tl.int64,
+    made_c: tl.int64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -58,7 +62,7 @@ def weights(
     """A tile of one tap, in one part, for each program."""
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     M: tl.constexpr = 1 if X_LAST else 0  # x's tile is loaded as it lies: [m, c], else [c, m]
-    SUM: tl.constexpr = parts.dtype.element_ty
+    SUM: tl.constexpr = made.dtype.element_ty
     inputs *= X_UNIT
     outputs *= Y_UNIT
     if X_LAST:
@@ -107,6 +111,6 @@ def weights(
         )
         total = tl.dot(left, right if X_LAST else tl.trans(right), total, input_precision=PRECISION, out_dtype=SUM)
 
-    at = ((p * groups + group) * outputs + tl.expand_dims(o, 1)) * TAPS + t
-    mask = tl.expand_dims(is_output, 1) & tl.expand_dims(is_input, 0)
-    tl.store(parts + at * inputs + tl.expand_dims(c, 0), total, mask=mask)
+    at = p.to(tl.int64) * made_part + t * made_tap
+    at += tl.expand_dims(group * outputs + o, 1) * made_o + tl.expand_dims(c.to(tl.int64) * made_c, 0)
+    tl.store(made + at, total, mask=tl.expand_dims(is_output, 1) & tl.expand_dims(is_input, 0))
