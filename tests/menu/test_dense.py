@@ -453,6 +453,36 @@ def test_no_sum_is_spilled(target, text, dtype, channels_last, as_if):
         assert not assembly.spills(block, code), "a vector is written to the stack"
 
 
+@assembly.every_target
+@pytest.mark.parametrize("dtype", HELD, ids=str)
+@pytest.mark.parametrize(
+    ("text", "direction", "channels_last", "reads"),
+    [
+        ("n1 c3 o64 x56x56 k7x7 s2 p3", Direction.FORWARD, True, cuts.Reads.LINES),
+        ("n16 c512 o256 x4x4 k4x4 s2 p1", Direction.GRAD_INPUT, True, cuts.Reads.IMAGES),
+        ("n1 c64 o64 x56x56 k3x3 p1", Direction.GRAD_INPUT, False, None),
+        ("n1 c64 o64 x56x56 k3x3 p1", Direction.GRAD_INPUT, True, None),
+        ("n1 c64 o64 x56x56 k3x3 s2 p1", Direction.GRAD_INPUT, False, None),
+        ("n1 c64 o64 x56x56 k3x3 s2 p1", Direction.GRAD_INPUT, True, None),
+        ("n1 c32 o32 x4000 k4 s2 p1", Direction.GRAD_INPUT, False, None),
+    ],
+    ids=lambda value: str(getattr(value, "value", value)),
+)
+def test_no_sum_is_spilled_of_any_form(target, text, direction, channels_last, reads, dtype, as_if):
+    """Lines, several images, and phases of a stride that is turned round."""
+    as_if(target)
+    if dtype is torch.float16 and ("half" not in natives(target) or target.machine == "aarch64"):
+        pytest.skip("see above")
+    asked = asked_for(text, dtype, direction, channels_last=channels_last)
+    if reads is not None and cuts.natural(axes.work(asked)).reads is not reads:
+        pytest.skip("another form is estimated to be quicker")
+    code = cpu.assembly(kernel_of(text, dtype=dtype, direction=direction, channels_last=channels_last), target)
+    sums = [block for block in assembly.blocks(code) if assembly.products(block) >= 4]
+    assert max(map(assembly.products, sums)) >= 6
+    for block in sums:
+        assert not assembly.spills(block, code), "a vector is written to the stack"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_places_that_lie_apart_are_no_branch_each(dtype):
     """LLVM unrolls scatters and gathers of half types lane by lane: kernels would be many times as long as float's."""
