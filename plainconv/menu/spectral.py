@@ -161,14 +161,15 @@ def _blocks(request: Request) -> int:
 
 
 def _passes(request: Request, pair: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Passes of transforms along rows and along columns, of one image and of the kernel."""
+    """Passes of transforms along rows and along columns, of one image and of a kernel that is not transformed yet."""
     (high, wide), (rows, width) = pair, lines(request)
     shown, made = rows.live(high)
     down, across = (
         -(-len(line.made) // line.outputs(length)) for line, length in zip((rows, width), pair, strict=True)
     )
     columns = spectral.columns(wide)
-    return (across * (shown + made), 4 * across * down * columns), (len(rows.taps), 2 * columns)
+    weight = (0, 0) if request.packed else (len(rows.taps), 2 * columns)
+    return (across * (shown + made), 4 * across * down * columns), weight
 
 
 def _cycles(request: Request, pair: tuple[int, int]) -> float:
