@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import checks
 import torch
 from guarded import guarded_inside
 
-from plainconv.gpu import launch
+from plainconv.gpu import launch, matrices, rows
 from plainconv.menu.base import Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -67,15 +67,21 @@ def check(
     assert algorithm.why_not(request) is None, algorithm.why_not(request)
     if blind:
         algorithm = checks.dropping_a_tap(algorithm)
-    tables = {
-        "IMPLICIT": launch.IMPLICIT[:1],
-        "PLACES": dict.fromkeys(launch.PLACES, 16),
-        "BUSY": 24,
-        "APART": (launch.Rolling(4, 16),),
-        "BESIDE": (launch.Rolling(8, 4),),
-    }
-    with mock.patch.multiple(launch, **tables) if small else contextlib.nullcontext():
+    with _small() if small else contextlib.nullcontext():
         checks.check(algorithm, request, values, layout)
+
+
+@contextlib.contextmanager
+def _small() -> Iterator[None]:
+    """Tables of small tiles."""
+    tiles = {"IMPLICIT": matrices.IMPLICIT[:1], "PLACES": dict.fromkeys(matrices.PLACES, 16)}
+    lines = {"APART": (rows.Rolling(4, 16),), "BESIDE": (rows.Rolling(8, 4),)}
+    with (
+        mock.patch.multiple(launch, BUSY=24),
+        mock.patch.multiple(matrices, **tiles),
+        mock.patch.multiple(rows, **lines),
+    ):
+        yield
 
 
 def check_guarded(name: str, request: Request) -> None:

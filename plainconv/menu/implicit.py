@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from plainconv.gpu import launch
+from plainconv.gpu import launch, matrices
 from plainconv.menu.base import Bound, Buffer, Cost, Made, Tensors, carve, machine, moved_bytes, workspace_bytes
 from plainconv.menu.engine import padded, unlike
 from plainconv.problem import FORMATS, Direction, Request
@@ -40,9 +40,9 @@ def cost(request: Request) -> Cost:
     inner, outer, places = problem.group_in, problem.group_out, problem.out
     if request.direction is Direction.GRAD_INPUT:
         inner, outer = outer, inner
-    multiplies = padded(problem.batch * math.prod(places), launch.tile_of(request)[0])
-    multiplies *= padded(outer, launch.blocks_of(outer).outputs)
-    multiplies *= problem.groups * problem.taps * padded(inner, launch.SHALLOWEST)
+    multiplies = padded(problem.batch * math.prod(places), matrices.tile_of(request)[0])
+    multiplies *= padded(outer, matrices.blocks_of(outer).outputs)
+    multiplies *= problem.groups * problem.taps * padded(inner, matrices.SHALLOWEST)
     speeds, room = machine(request), 0 if request.packed else workspace_bytes([_room(request)])
     moved = moved_bytes(request) + 2 * room
     seconds = max(multiplies / speed(request), moved / speeds.bytes)
@@ -57,7 +57,7 @@ def speed(request: Request) -> float:
 def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these; made: of a weight that stays."""
     room = _room(request)
-    fill = launch.implicit(request, tensors.first, strides(request))
+    fill = matrices.implicit(request, tensors.first, strides(request))
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype

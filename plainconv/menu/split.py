@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plainconv.gpu import launch
+from plainconv.gpu import launch, matrices
 from plainconv.menu import implicit
 from plainconv.menu.base import (
     Bound,
@@ -40,7 +40,7 @@ from plainconv.problem import Request
 
 def cost(request: Request) -> Cost:
     """Sizes rounded up to those of the tiles; the sums of the parts are written, and read."""
-    problem, split = request.problem, launch.split_of(request, most_parts(request))
+    problem, split = request.problem, matrices.split_of(request, most_parts(request))
     multiplies = problem.groups * problem.taps * padded(problem.group_out, split.outputs)
     multiplies *= padded(problem.group_in, split.inputs) * padded(problem.batch * math.prod(problem.out), split.depth)
     return priced(request, split.parts, multiplies, implicit.speed(request))
@@ -57,8 +57,8 @@ def priced(request: Request, parts: int, multiplies: int, speed: float) -> Cost:
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills the gradient, and a bias' beside it, for tensors that lie in memory as these."""
-    split = launch.split_of(request, most_parts(request))
-    return added(request, split.parts, partial(launch.weights, request, split, tensors.first, tensors.second))
+    split = matrices.split_of(request, most_parts(request))
+    return added(request, split.parts, partial(matrices.weights, request, split, tensors.first, tensors.second))
 
 
 def added(request: Request, parts: int, launched: Callable[[launch.Made], launch.Launch]) -> Bound:

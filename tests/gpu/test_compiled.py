@@ -5,7 +5,7 @@ import torch
 from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, typical
 from interpreted import asked
 
-from plainconv.gpu import launch
+from plainconv.gpu import launch, matrices, rows
 from plainconv.menu import rolling
 from plainconv.menu.base import compute_dtype
 from plainconv.problem import FORMATS, ConvProblem, Direction
@@ -32,15 +32,15 @@ def launched(text, direction, dtype, last, tf32=False):
     )
     few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
     if weighs:
-        cut, fill = (launch.taps_of, launch.taps) if few else (launch.split_of, launch.weights)
+        cut, fill = (rows.taps_of, rows.taps) if few else (matrices.split_of, matrices.weights)
         return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
     if few:
-        return launch.rolling(request, read, w, made.stride()), (read, w, w, None, made)
-    return launch.implicit(request, read, made.stride()), (read, w, w, None, made)
+        return rows.rolling(request, read, w, made.stride()), (read, w, w, None, made)
+    return matrices.implicit(request, read, made.stride()), (read, w, w, None, made)
 
 
-@pytest.mark.parametrize("row", launch.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
+@pytest.mark.parametrize("row", matrices.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
 @pytest.mark.parametrize(
     ("name", "capability"),
     [

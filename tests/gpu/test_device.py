@@ -30,7 +30,7 @@ import plainconv
 from plainconv import bench
 from plainconv.bench import calls
 from plainconv.bench.cuda import Cuda, Gpu
-from plainconv.gpu import launch
+from plainconv.gpu import launch, matrices
 from plainconv.menu.base import FLOATS
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -104,7 +104,7 @@ def test_small_problems_of_every_type(dtype, direction, last):
             check(name, request, reals, channels_last if last else spread)
 
 
-@pytest.mark.parametrize("row", launch.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
+@pytest.mark.parametrize("row", matrices.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
 @pytest.mark.parametrize("name", TYPES)
 @directions
 def test_every_row_of_the_tables(row, name, direction):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checks import BY_NAME
 
-from plainconv.gpu import launch
+from plainconv.gpu import launch, rows
 from plainconv.problem import ConvProblem, Direction, Request
 
 
@@ -33,7 +33,7 @@ def test_tensors_without_elements_have_a_cost(text, last, direction, monkeypatch
 def test_a_dilation_along_rows_of_one_tap_means_nothing(direction):
     near = asked("n8 c64 o64 x8x16000 k1x3 d1x512 p0x512 g64", direction)
     far = asked("n8 c64 o64 x8x16000 k1x3 d512x512 p0x512 g64", direction)
-    assert launch.starts_of(near) == launch.starts_of(far) == 8 * 2 * 16000
+    assert rows.starts_of(near) == rows.starts_of(far) == 8 * 2 * 16000
 
 
 @pytest.mark.parametrize("text", ["n1 c8 o8 x4x4096 k2x3 d16384x1 p8192x1 g8", "n1 c8 o8 x40x9 k5x3 s7x1 d9x1 p4x1 g8"])
@@ -42,7 +42,7 @@ def test_what_is_counted_has_no_more_places_than_are_let_in(text, direction):
     """Rows are rounded up to the dilation, which the padded rows exceed: counts stay below 2^31."""
     request = asked(text, direction)
     problem = request.problem
-    assert launch.starts_of(request) < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
+    assert rows.starts_of(request) < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,173 @@
+"""Matrix units: the launches of kernels/implicit.py and kernels/weights.py, and the tables of their tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plainconv.gpu.launch import (
+    VECTOR,
+    Blocks,
+    Launch,
+    Made,
+    channels_last,
+    compiled_for,
+    mapped,
+    meeting,
+    parts_of,
+    strides,
+    three,
+    tiles,
+)
+from plainconv.problem import Direction, Request
+
+SHALLOWEST = 16  # channels of a step, at least: what matrix units take
+SHARE = 8  # tiles of places that run beside each other, so that they find the weight in the cache
+# The first that holds a group's channels, or the last.
+IMPLICIT = (Blocks(16, 4, 3), Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(128, 8, 3))
+# By the bytes of a number.  Products without matrix units have both factors of a step in registers.
+PLACES = {2: 128, 4: 64, 8: 32}  # of a tile, ...
+EXACT = 32  # ... and of float32 that is not rounded to TF32
+DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) of a step, at most
+
+
+def blocks_of(outputs: int) -> Blocks:
+    """The row of the table for so many channels of a group."""
+    return next((row for row in IMPLICIT if outputs <= row.outputs), IMPLICIT[-1])
+
+
+def tile_of(request: Request) -> tuple[int, int]:
+    """Places (or channels) along a tile, depth of a step; numbers that lie apart take registers for their addresses."""
+    places, depth = PLACES[request.dtype.itemsize], DEPTH[request.dtype.itemsize]
+    if request.dtype is torch.float32 and not request.tf32:
+        places = EXACT
+    return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
+
+
+def precision(request: Request) -> str:
+    """How float32 is multiplied, in Triton's words."""
+    return "tf32" if request.tf32 else "ieee"
+
+
+def enough(size: int, most: int) -> int:
+    """The power of two that holds so many, or the most; what matrix units take at least."""
+    power = SHALLOWEST
+    while power < min(size, most):
+        power *= 2
+    return power
+
+
+def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
+    """FORWARD or GRAD_INPUT (of padding with zeros) as an implicit matrix product.
+
+    read: x or y, lying as in the calls; made: the strides of the result.  Call it with what is read, the weight as
+    [o, taps, c/g] (contiguous), bias and residual or None, and the result.
+    """
+    from plainconv.gpu.kernels.implicit import implicit as kernel
+
+    problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
+    inner, outer, end, size, period, places, phases = mapped(request)
+    blocks, (rows, most), widest = blocks_of(outer), tile_of(request), VECTOR // read.dtype.itemsize
+    depth = enough(inner, most)
+    programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
+
+    read_last, made_last = channels_last(read, request), request.channels_last
+    reads = strides(read.shape, read.stride())
+    makes = strides(problem.shape_of(request.direction.makes), made)
+    inner_unit = math.gcd(widest, inner, *(reads if read_last else ()))
+    outer_unit = math.gcd(widest, outer, *(makes if made_last else ()))
+    return Launch(
+        kernel,
+        programs * problem.groups * phases,
+        (
+            problem.batch,
+            inner // inner_unit,
+            outer // outer_unit,
+            problem.groups,
+            *three((lo for lo, _ in problem.padding), 0),
+            *three(end, 1),
+            *three(size, 1),
+            read.stride(1),
+            *(tuple(stride // inner_unit for stride in reads) if read_last else reads),
+            made[1],
+            *(tuple(stride // outer_unit for stride in makes) if made_last else makes),
+        ),
+        {
+            **compiled_for(problem),
+            "PERIOD": three(period, 1),
+            "ADJOINT": adjoint,
+            "READ_LAST": read_last,
+            "MADE_LAST": made_last,
+            "INNER_UNIT": inner_unit,
+            "OUTER_UNIT": outer_unit,
+            "ACTIVATION": request.activation,
+            "PRECISION": precision(request),
+            "PLACES": rows,
+            "OUTPUTS": blocks.outputs,
+            "DEPTH": depth,
+            "SHARE": SHARE,
+            **blocks.options,
+        },
+    )
+
+
+class Split(NamedTuple):
+    """How the gradient for a weight is cut: its tiles, and the long sum into parts of so many steps."""
+
+    outputs: int
+    inputs: int
+    depth: int
+    tiles: int
+    parts: int
+    part: int
+
+
+def split_of(request: Request, most_parts: int) -> Split:
+    """By the sizes alone: as many parts as keep a GPU busy, none of them empty."""
+    problem, (most, depth) = request.problem, tile_of(request)
+    outputs, inputs = blocks_of(problem.group_out).outputs, enough(problem.group_in, most)
+    count = problem.groups * problem.taps * tiles(problem.group_out, outputs) * tiles(problem.group_in, inputs)
+    return Split(outputs, inputs, depth, count, *parts_of(problem, count, depth, most_parts))
+
+
+def weights(request: Request, split: Split, x: Tensor, y: Tensor, made: Made) -> Launch:
+    """GRAD_WEIGHT in the parts of `split_of`.
+
+    x, y: lying as in the calls.  Call it with both, and the sums of the parts to fill, in the type of the sums.
+    """
+    from plainconv.gpu.kernels.weights import weights as kernel
+
+    problem, widest = request.problem, VECTOR // x.dtype.itemsize
+    blocks = blocks_of(problem.group_out)
+    x_last, y_last = channels_last(x, request), channels_last(y, request)
+    of_x, of_y = strides(x.shape, x.stride()), strides(y.shape, y.stride())
+    x_unit = math.gcd(widest, problem.group_in, *of_x) if x_last else 1
+    y_unit = math.gcd(widest, problem.group_out, *of_y) if y_last else 1
+    return Launch(
+        kernel,
+        split.tiles * split.parts,
+        (
+            problem.batch,
+            problem.group_in // x_unit,
+            problem.group_out // y_unit,
+            problem.groups,
+            split.part,
+            *meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
+            *made,
+        ),
+        {
+            **compiled_for(problem),
+            "X_LAST": x_last,
+            "Y_LAST": y_last,
+            "X_UNIT": x_unit,
+            "Y_UNIT": y_unit,
+            "PRECISION": precision(request),
+            "OUTPUTS": split.outputs,
+            "INPUTS": split.inputs,
+            "DEPTH": split.depth,
+            **blocks.options,
+        },
+    )
