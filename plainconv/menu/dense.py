@@ -21,7 +21,7 @@ from plainconv.cpu import dense, gather, pack
 from plainconv.cpu.launch import Job, launch_all
 from plainconv.menu import cuts, engine
 from plainconv.menu.axes import Axes, Axis, Work, elements, inside, work
-from plainconv.menu.base import ALIGNMENT, Bound, Cost, Made, Tensors, made_once, moved_bytes
+from plainconv.menu.base import ALIGNMENT, Bound, Buffer, Cost, Made, Tensors, carve, made_once, moved_bytes
 from plainconv.menu.cuts import Kind, Layout, Reads, Strip
 from plainconv.menu.engine import STORED, folded, padded
 from plainconv.problem import Request
@@ -506,6 +506,8 @@ def workspace_bytes(work: Work) -> int:
         share = max(_share(is_, way, source, *pitches)[1] for source in sources)
         packing = _packing(work, way, False)
         packed = [packing.bytes] if packing and not work.request.packed else []
+        if way.reads is Reads.LINES and not work.request.packed:
+            packed.append(math.prod(work.request.problem.weight_shape) * work.request.dtype.itemsize)  # put in order
         if way.reads is Reads.IMAGES:
             packed.append(cuts.images_bytes(work, way.lanes))
         most = max(most, way.shares * share + sum(padded(bytes_, ALIGNMENT) for bytes_ in packed))
@@ -567,16 +569,20 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     if made is not None and packs_w is not None:
         kept = packs_w.once(ordered(w) if copies_w else w, made, request.threads)
         packs_w, copies_w = None, False
+    in_order = [Buffer((len(w), *w.shape[2:], w.shape[1]), w.dtype)] if lines and copies_w else []
+    begin = sum(buffer.bytes for buffer in in_order)
     packed = sum(packs.bytes for packs in (packs_w, ready.images) if packs is not None)
     threads = request.threads if ready.shares > 1 else engine.movers(packed, request.threads)
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
-        if copies_w:
-            w = ordered(w)
+        if in_order:
+            w = carve(workspace, in_order)[0].movedim(-1, 1).copy_(w)
+        elif copies_w:
+            w = w.contiguous()
         if copies_bias and bias is not None:
             bias = bias.contiguous()
-        scratch, weight = workspace.data_ptr(), (w if kept is None else kept).data_ptr()
+        scratch, weight = workspace.data_ptr() + begin, (w if kept is None else kept).data_ptr()
         pixels = x.data_ptr()
         jobs: list[Job] = []
         if packs_w is not None:

@@ -109,6 +109,22 @@ def test_without_gathering(bits, dtype, text, as_if, monkeypatch):
         check(algorithm_for(text), asked, integers, layout)
 
 
+class Fresh(TorchDispatchMode):
+    """The sizes of tensors that operators of torch make, and of those that they fill from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.filled = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.copy_.default:
+            self.filled.append(result.numel())
+        elif not function.is_view:
+            self.made.append(result.numel())
+        return result
+
+
 LINES = {name: text for name, text in WAYS.items() if name.startswith("lines")}
 
 
@@ -135,6 +151,26 @@ def test_few_channels_are_read_in_lines(bits, text, dtype, as_if, monkeypatch):
         for second in (tensors.second, channels_inside(tensors.second)):
             found = Tensors(first, second, *tensors[2:])
             compare(direct.ALGORITHM, asked, result_of(direct.ALGORITHM, asked, *found), *found, to_the_bit=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lines_copy_nothing_beside_the_workspace(dtype, packed):
+    """A contiguous weight is put in order there; one that stays was packed before."""
+    asked = asked_for("n1 c3 o64 x56x56 k7x7 s2 p3", dtype, channels_last=True, packed=packed)
+    assert cuts.natural(axes.work(asked)).reads is cuts.Reads.LINES
+    tensors = given(asked, integers)
+    tensors = tensors._replace(first=channels_inside(tensors.first))
+    out = channels_inside(torch.empty(asked.problem.output_shape, dtype=dtype))
+    call = direct.ALGORITHM.pack(asked, tensors, {}) if packed else direct.ALGORITHM.bind(asked, tensors)
+    size = direct.ALGORITHM.cost(asked).workspace
+    for at_end in (True, False):
+        workspace = guarded(torch.full((size,), 0xFF, dtype=torch.uint8), at_end=at_end)
+        with Fresh() as fresh:
+            call(tensors, out, workspace)
+        compare(direct.ALGORITHM, asked, out, *tensors, to_the_bit=True)
+        assert not fresh.made
+        assert fresh.filled == ([] if packed else [tensors.second.numel()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -340,22 +376,6 @@ def test_a_kernel_as_large_as_the_image_is_a_product_of_matrices(text, channels_
         assert products._product(asked)
         for layout in (None, channels_inside, ODD["every other place"]):
             check(direct.ALGORITHM, asked, integers, layout)
-
-
-class Fresh(TorchDispatchMode):
-    """The sizes of tensors that operators of torch make, and of those that they fill from others."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.filled = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.copy_.default:
-            self.filled.append(result.numel())
-        elif not function.is_view:
-            self.made.append(result.numel())
-        return result
 
 
 @pytest.mark.parametrize("packed", [False, True])
