@@ -29,7 +29,7 @@ SIZES = (
     "vectors",
     "rows",  # of all planes
     "chunks",
-    "chunk",  # sums of a chunk
+    "chunk",  # sums from a chunk to the next
     "out_depth",
     "out_rows",
     "out_width",

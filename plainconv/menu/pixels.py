@@ -21,6 +21,7 @@ from plainconv.problem import Request
 from plainconv.remember import on_forget, weigh
 
 PLACES = 4  # that are taken together
+APART = 4 << 10  # bytes between the sums of two threads: what one core asks for ahead, the other does not write
 SUMS = 16  # of a tile, at most: beside more, LLVM loads ahead until registers run out
 
 # Cycles, set by hand on one core with AVX-512; see plainconv/menu/lanes.py.
@@ -48,11 +49,12 @@ def _tile(request: Request, sides: tuple[Side, Side, Side], registers: int) -> t
 
 
 def _counts(request: Request) -> tuple[int, int, int, int]:
-    """Vectors of channels, rows of all planes, chunks of them, and sums of a chunk."""
+    """Vectors of channels, rows of all planes, chunks of them, and sums from a chunk to the next."""
     problem, width = request.problem, _lanes(request, cpu.Target.host())
     depth, high, _ = folded(problem, False)
     vectors, rows = -(-problem.in_channels // width), problem.batch * depth.out * high.out
-    return vectors, rows, max(1, min(request.threads, rows)), vectors * (problem.taps + request.has_bias) * width
+    chunks, chunk = max(1, min(request.threads, rows)), vectors * (problem.taps + request.has_bias) * width
+    return vectors, rows, chunks, chunk + APART // summed(request)[1] * (chunks > 1)
 
 
 @lru_cache(1024)

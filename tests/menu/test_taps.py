@@ -261,6 +261,16 @@ def test_nothing_outside_is_touched_in_channels_last(bits, text, dtype, as_if, m
         compare(algorithm, asked, out, first, second, bias, to_the_bit=False)
 
 
+def test_two_threads_write_no_sums_that_lie_side_by_side():
+    """Each core asks for what lies behind its own."""
+    asked = asked_for("n1 c32 o32 x9x9 k3x3 p1 g32", threads=2, channels_last=True)
+    *_, chunks, chunk = pixels._counts(asked)
+    assert (chunks, chunk * 4) == (2, 32 * 9 * 4 + pixels.APART)
+    alone = dataclasses.replace(asked, threads=1)
+    assert pixels._counts(alone)[2:] == (1, 32 * 9)
+    assert depthwise.ALGORITHM.cost(alone).workspace == 32 * 9 * 4
+
+
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
 
