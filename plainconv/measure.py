@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,9 +183,11 @@ def _name(request: Request) -> str:
 
 @functools.cache
 def _device(device: str) -> str:
-    """What does the work: the processor and its features, or the GPU."""
+    """What does the work: the processor and its features, or the GPU and the Triton that compiles for it."""
     if device != "cpu":
-        return f"{device} {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}"
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        compilers = [each.version for each in distributions(name="triton")]
+        return " ".join([device, name, *compilers])
     features = torch.backends.cpu.get_cpu_capability() if cpu.why_not() else cpu.Target.host().features
     return f"{processor()} {features}"
 

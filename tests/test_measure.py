@@ -500,3 +500,18 @@ def test_a_child_forked_while_another_thread_measures_measures_too():
     with open(reading) as pipe:
         assert pipe.read() == "free"
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_records_of_a_gpu_hold_for_its_name_and_for_the_compiler(monkeypatch):
+    class Triton:
+        version = "3.6"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one")
+    monkeypatch.setattr(measure, "distributions", lambda name: [Triton])
+    told = measure._device.__wrapped__
+    first = told("cuda")
+    assert "one" in first
+    Triton.version = "3.7"
+    assert told("cuda") != first
+    assert told("cpu") == measure._device("cpu")
