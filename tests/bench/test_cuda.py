@@ -263,7 +263,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.glob("*.json")
     told = json.loads(path.read_text())
-    assert "none, at 1 MHz, driver 1.2, torch" in bench.heading({**told, "device": "cuda"})
+    assert "none, at 1 MHz, driver 1.2, " in bench.heading({**told, "device": "cuda"})
     assert "float32 as TF32, forward" in bench.heading({**told, "tf32": True})
     assert [path.name for path in tmp_path.iterdir()] == ["cuda-forward-float32-tiny.json"]
     result = CliRunner().invoke(app, [*words, "--against", "scipy"])
