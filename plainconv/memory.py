@@ -82,6 +82,8 @@ def _take(size: int) -> mmap.mmap:
 
 def _give_back(block: mmap.mmap) -> None:
     size = len(block)
+    if size > MOST_KEPT:  # for its sake all others would have to go
+        return
     alike = _waiting.get(size)
     if alike is None:
         alike = _waiting.setdefault(size, deque())

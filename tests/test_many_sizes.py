@@ -187,6 +187,8 @@ def test_a_new_size_compiles_nothing(name, channels, weight, sizes, last, gradie
     assert first <= len(made) <= first + more
 
 
+SINGLE = {"algorithm": "fft", "groups": 16, "last": True}
+LONG = [(117 + i * 37 % 200, 117 + i * 53 % 200) for i in range(40)]
 SMALL = [(n, n) for n in range(4, 33)] + [(4 + i * 5 % 29, 4 + i * 7 % 29) for i in range(29)]
 
 
@@ -210,6 +212,10 @@ SMALL = [(n, n) for n in range(4, 33)] + [(4 + i * 5 % 29, 4 + i * 7 % 29) for i
         # Tiles of 2 or 4 outputs along each dimension, for few tiles or many; two kernels of each.
         pytest.param("conv2d", (16, 16, 3, 3), SMALL, {"algorithm": "winograd"}, 16, marks=pytest.mark.slow),
         pytest.param("conv2d", (16, 16, 7, 7), SMALL, {"algorithm": "fft", "padding": 3}, 16, marks=pytest.mark.slow),
+        # Eight lengths along each dimension while one tile makes all, but hardly any apart; two kernels of each.
+        pytest.param("conv2d", (16, 1, 13, 13), SMALL, {**SINGLE, "padding": 6}, 32, marks=pytest.mark.slow),
+        # And longer than a tile: two along each, two kernels of each pair; and one to spare.
+        pytest.param("conv2d", (16, 1, 21, 21), LONG, SINGLE, 9, marks=pytest.mark.slow),
         pytest.param("conv2d", (16, 16, 3, 3), SMALL, {"padding": 1}, 28, marks=pytest.mark.slow),
     ],
 )

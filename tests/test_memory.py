@@ -47,6 +47,14 @@ def test_a_result_has_what_was_asked_for_and_is_no_view():
     assert y.untyped_storage().nbytes() == 6 * PAGE
 
 
+def test_a_result_that_is_larger_than_all_that_may_wait_does_not_take_their_place(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_KEPT", 4 * PAGE)
+    small = [lent((FLOATS,), (1,), torch.float32) for _ in range(3)]
+    huge = lent((5 * FLOATS,), (1,), torch.float32)
+    del small, huge
+    assert waiting() == [PAGE] * 3
+
+
 def test_memory_is_lent_again_when_nothing_uses_it_any_more():
     y = lent((FLOATS,), (1,), torch.float32)
     first, part = y.data_ptr(), y[7:9].fill_(5.0)

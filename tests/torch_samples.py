@@ -22,8 +22,8 @@ from plainconv.menu import ALGORITHMS
 from plainconv.menu.base import compute_dtype
 from plainconv.plan import Explanation
 
-# torch.testing._internal froze torch's global switches for the whole process; other tests use them. (The module stands in
-# another, so that the flag cannot be set by its name.)
+# torch.testing._internal froze torch's global switches for the whole process; other tests use them. (The module stands
+# in another, so that the flag cannot be set by its name.)
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 FUNCTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

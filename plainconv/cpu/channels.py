@@ -81,7 +81,6 @@ SIZES = (
     "blocks",  # of channels
     "groups",  # that blocks are dealt to
     "tasks",  # of a group
-    "shares",  # that all tasks are dealt to: each packs weights for itself
     "spans",  # that the tiles of a row are dealt to
     "strips",
     "out_depth",
@@ -98,6 +97,7 @@ SIZES = (
     "room_share",  # ... bytes of a share
     "room_row",  # elements of a row
     "streams",  # 1 if the result is written past the caches
+    "shares",  # that all tasks are dealt to: each packs weights for itself
 )
 LINE = 64  # bytes that come together from memory
 CHECKED = 4  # vectors of the weight at a time, when it is looked at
@@ -181,7 +181,8 @@ class Shape:
 
 @lru_cache(512)
 def text(shape: Shape) -> str:
-    """The kernel of this shape: POINTERS and SIZES are its arguments, tasks count group, image, span, strip, depth.
+    """The kernel of this shape: POINTERS and SIZES are its arguments, and it runs shares of the tasks, which count
+    group, image, span, strip, depth.
 
     packed has room for [shares, blocks, input channels of a group, taps, lanes] accumulators.
     """
@@ -221,18 +222,24 @@ class Channels:
 
     def kernel(self) -> str:
         e, of, shape = self.e, self.given, self.shape
-        each = of["tasks"]
-        share = (e.begin * of["shares"] + (each * of["groups"] - 1)) // (each * of["groups"])
+        each, total = of["tasks"], of["tasks"] * of["groups"]
         size = of["blocks"] * of["group_in"] * (shape.weight.all_taps * shape.lanes)
-        packed = e.at(of["packed"], share * size)
-        if shape.spread:
-            self.room = e.at(of["packed"], of["room"] + share * of["room_share"], "i8")
-        first = e.begin // each
 
-        def group(i: Value, _: list[Value]) -> Sequence[Value]:
-            number = first + i
+        def share(i: Value, _: list[Value]) -> Sequence[Value]:
+            """It packs for itself, however many threads there are: where depends on its number alone."""
+            number = e.begin + i
+            packed = e.at(of["packed"], number * size)
+            if shape.spread:
+                self.room = e.at(of["packed"], of["room"] + number * of["room_share"], "i8")
+            begin, end = number * total // of["shares"], (number + 1) * total // of["shares"]
+            first = begin // each
+            spanned = (end - 1) // each - first + 1
+            e.loop(e.least(spanned, end - begin), [], lambda i, _: group(first + i, begin, end, packed))
+            return []
+
+        def group(number: Value, begin: Value, end: Value, packed: Value) -> Sequence[Value]:
             behind = number * each
-            begin, end = e.most(e.begin, behind), e.least(e.end, behind + each)
+            begin, end = e.most(begin, behind), e.least(end, behind + each)
             first_block, count = self.share(number, "blocks", "groups")
             blocks = Group(first_block, count, packed, self.pack(first_block, count, packed))
 
@@ -245,7 +252,7 @@ class Channels:
             e.loop(end - begin, [], task)
             return []
 
-        e.loop((e.end - 1) // each - first + 1, [], group)
+        e.loop(e.end - e.begin, [], share)
         if shape.fills_lines:
             e.fence()
         return e.module()

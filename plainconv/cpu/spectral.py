@@ -230,17 +230,23 @@ class _Spectral:
 
     def kernel(self) -> str:
         e, of = self.e, self.given
-        share = (e.begin * of["shares"] + (of["tasks"] - 1)) // of["tasks"]
-        self.scratch = e.at(of["scratch"], share * of["room"])
 
-        def task(i: Value, _: list[Value]) -> Sequence[Value]:
-            number = e.begin + i
-            wide, number = number % of["wide_tiles"], number // of["wide_tiles"]
-            high, number = number % of["high_tiles"], number // of["high_tiles"]
-            self.tile(number // of["images"], number % of["images"], high, wide)
+        def share(s: Value, _: list[Value]) -> Sequence[Value]:
+            own = e.begin + s
+            first = own * of["tasks"] // of["shares"]
+            self.scratch = e.at(of["scratch"], own * of["room"])
+
+            def task(i: Value, _: list[Value]) -> Sequence[Value]:
+                number = first + i
+                wide, number = number % of["wide_tiles"], number // of["wide_tiles"]
+                high, number = number % of["high_tiles"], number // of["high_tiles"]
+                self.tile(number // of["images"], number % of["images"], high, wide)
+                return []
+
+            e.loop((own + 1) * of["tasks"] // of["shares"] - first, [], task)
             return []
 
-        e.loop(e.end - e.begin, [], task)
+        e.loop(e.end - e.begin, [], share)
         return e.module()
 
     def tile(self, block: Value, image: Value, high: Value, wide: Value) -> None:

@@ -289,7 +289,7 @@ def prepare(part: Part, regular: bool, spread: bool) -> Prepared:
     if spread:
         dealt = blocks
     channels_of = (problem.out_channels, problem.group_in, problem.group_out)
-    counts = (*channels_of, blocks, dealt, tasks, max(request.threads, 1), spans, strips)
+    counts = (*channels_of, blocks, dealt, tasks, spans, strips)
     ready = Prepared(
         shape=shape,
         kernel=cpu.compile((channels if shape.made == 1 else groups).text(shape), target),
@@ -335,6 +335,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     made = request.problem.shape_of(request.direction.makes)
     streams = (x.numel() + math.prod(made)) * size >= STREAMED and made[1] * size % channels.LINE == 0
     bound = [_bind(request, part, None if lies else x, made) for part in _parts(request)]
+    # As many for every part, as no part waits for another: a share's scratch is then always the same thread's.
+    shares = min(max(threads, 1), max((ready.tasks for ready, *_ in bound), default=0))
 
     def call(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         x, w, bias, residual = tensors
@@ -343,8 +345,9 @@ def bind(request: Request, tensors: Tensors) -> Bound:
         added, made = 0 if residual is None else residual.data_ptr(), out.data_ptr()
         past = streams and made % channels.LINE == 0
         jobs = [  # no two write to the same place
-            (ready.kernel, (*given, added + first * size, made + first * size, *behind, past), ready.tasks, False)
+            (ready.kernel, (*given, added + first * size, made + first * size, *behind, past, shares), shares, False)
             for ready, first, behind in bound
+            if ready.tasks
         ]
         launch_all(jobs, threads)
 

@@ -61,4 +61,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = folding(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=3, fuses=True, bind=_bind))
+ALGORITHM = folding(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind))

@@ -31,7 +31,7 @@ ALGORITHM = folding(
         products.cost,
         matrix_error,
         products.run,
-        version=2,
+        version=3,
         fuses=True,
         bind=products.bind,
         pack=products.pack,

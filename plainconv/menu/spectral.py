@@ -50,6 +50,7 @@ PASS = 50.0  # ... and besides
 BYTES_PER_SECOND = 25e9  # memory, all threads
 
 LENGTHS = tuple(spectral.FACTORS)
+MOST_LENGTHS = 2  # that are tried for a line longer than any tile
 
 
 def why_not(request: Request) -> str | None:
@@ -143,8 +144,16 @@ def lines(request: Request) -> tuple[Line, Line]:
 def lengths(request: Request) -> tuple[int, int]:
     """F_h and F_w of least estimated time."""
     rows, width = lines(request)
-    pairs = itertools.product(*([n for n in LENGTHS if line.outputs(n)] for line in (rows, width)))
+    pairs = itertools.product(_able(rows), _able(width))
     return min(((high, wide) for high, wide in pairs), key=lambda pair: (_cycles(request, pair), pair))
+
+
+def _able(line: Line) -> list[int]:
+    """What F may be.  Lines longer than any tile have but two, by their taps: a new size needs no new kernel."""
+    able, extent = [n for n in LENGTHS if line.outputs(n)], len(line.taps)
+    if line.outputs(LENGTHS[-1]) >= len(line.made):
+        return able
+    return sorted(able, key=lambda n: n * math.log2(n) / max(n - extent + 1, 1))[:MOST_LENGTHS]
 
 
 # -- estimates -------------------------------------------------------------------------------------------------------
@@ -278,13 +287,14 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     room, taps, tasks = buffers[1].shape[1], problem.taps, blocks * problem.batch * math.prod(ready.tiles)
 
     source = (image, row, pixel, channel, rows * width * c, width * c, c)
-    image_sizes = (*source, c, problem.batch, *ready.tiles, taps, tasks, threads, room)
-    weight_sizes = (0, problem.kernel[1] * lanes, lanes, taps, 0, 0, 0, c, 1, 1, 1, taps, blocks, threads, room)
+    image_sizes = (*source, c, problem.batch, *ready.tiles, taps, tasks, min(threads, tasks), room)
+    of_taps = (0, problem.kernel[1] * lanes, lanes, taps, 0, 0, 0)
+    weight_sizes = (*of_taps, c, 1, 1, 1, taps, blocks, min(threads, blocks), room)
     of_image, of_weight = ([table.data_ptr() for table in tables] for tables in (ready.of_image, ready.of_weight))
 
     def transform(w: Tensor, spectra: Tensor, scratch: Tensor) -> Job:
         given = (w.data_ptr(), spectra.data_ptr(), scratch.data_ptr(), 0, 0)
-        return ready.weight, (*given, *of_weight, *weight_sizes), blocks, False
+        return ready.weight, (*given, *of_weight, *weight_sizes), min(threads, blocks), False
 
     kept = None
     if made is not None:
@@ -304,6 +314,6 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
         spectra = spectra if kept is None else kept
         added = 0 if bias is None else bias.data_ptr()
         given = (x.data_ptr(), spectra.data_ptr(), scratch.data_ptr(), added, out.data_ptr())
-        launch_all([*jobs, (ready.image, (*given, *of_image, *image_sizes), tasks, True)], threads)
+        launch_all([*jobs, (ready.image, (*given, *of_image, *image_sizes), min(threads, tasks), True)], threads)
 
     return call

@@ -226,6 +226,33 @@ print(run(12, 4))
     assert done.stdout == "[(0, 6), (6, 12)]\n", done.stderr
 
 
+@needs_openmp
+@pytest.mark.parametrize(
+    ("threads", "limit", "images", "kernel", "how"),
+    [
+        (6, 5, 1, 31, {"algorithm": "fft"}),
+        (9, 8, 1, 3, {"algorithm": "depthwise"}),
+        (9, 8, 2, 3, {"algorithm": "depthwise", "stride": 2}),
+    ],
+)
+def test_scratch_is_not_shared_in_a_team_smaller_than_asked(threads, limit, images, kernel, how):
+    code = f"""
+import torch, plainconv
+torch.manual_seed(0)
+x = torch.randn({images}, 128, 56, 56).to(memory_format=torch.channels_last).requires_grad_()
+w = torch.randn(128, 1, {kernel}, {kernel})
+def made(threads):
+    torch.set_num_threads(threads)
+    y = plainconv.conv2d(x, w, padding={kernel // 2}, groups=128, **{how})
+    return y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))
+wanted = made(1)
+print(all(torch.equal(*pair) for _ in range(10) for pair in zip(made({threads}), wanted)))
+"""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": str(limit), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.usefixtures("threads_of")
 def test_eight_python_threads_at_once():
     done = []
