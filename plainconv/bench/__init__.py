@@ -6,9 +6,10 @@ from plainconv.bench.peaks import Peaks
 from plainconv.bench.records import SLOWED, Summary, as_json, as_records, drawn, heading, rows_of, summary, table
 from plainconv.bench.run import Row, Setting, alone, measure, measure_all
 from plainconv.bench.suites import Layer, load, named
-from plainconv.bench.thresholds import REGRET, Held, Threshold, held
+from plainconv.bench.thresholds import LIMIT_SHARE, REGRET, Held, Threshold, held, picked
 
 __all__ = [
+    "LIMIT_SHARE",
     "REGRET",
     "SLOWED",
     "Held",
@@ -30,6 +31,7 @@ __all__ = [
     "measure_all",
     "named",
     "others",
+    "picked",
     "rows_of",
     "summary",
     "table",

@@ -257,9 +257,8 @@ def _asked(rows: Sequence[Row]) -> list[str]:
     one = rows[0]
     said = []
     for each in held(one.direction, one.dtype, one.layer.suite, rows, one.device):
-        missed = "".join(f", {row.layer.name} below {least:.2f}" for row, least in each.missed)
-        of, by = each.threshold.of, each.threshold.by
-        said.append(f"  asked of {of}, {by}: {each.asked:.2f}, and it is {each.geomean:.2f}{missed}")
+        missed = "".join(f", {row.layer.name} {found}" for row, found in each.missed)
+        said.append(f"  {each.threshold.of}, {each.threshold.by}: {each.geomean} asked{missed}")
     return said
 
 
