@@ -570,7 +570,8 @@ def _check_kinds(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, 
         if type(value).__name__ == "DTensor":
             raise NotImplementedError(
                 f"{name}() takes tensors of one process, but got a DTensor as {argument}; leave such layers to torch "
-                "(plainconv.unswap(model), or exclude= of plainconv.swap), or take its to_local() or full_tensor()"
+                "(plainconv.unswap(model) before it is sharded, or exclude= of plainconv.swap), or take its to_local() "
+                "or full_tensor()"
             )
         if value.layout is not torch.strided or value.is_nested or value.is_quantized:
             kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)

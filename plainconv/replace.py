@@ -209,7 +209,11 @@ def _picks(pick: Pick, name: str, layer: nn.Module) -> bool:
 
 
 def check_model(function: str, model: nn.Module) -> None:
-    """Raise TypeError, or RuntimeError if a model is wrapped or compiled, which plainconv.`function` comes before."""
+    """Raise TypeError, or RuntimeError if a model is wrapped, sharded or compiled: plainconv.`function` comes before.
+
+    A model does not know what was made of it by DistributedDataParallel(model) or torch.compile(model), so there only
+    what was made is refused.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
@@ -218,13 +222,15 @@ def check_model(function: str, model: nn.Module) -> None:
                 f"plainconv.{function} comes before a model is compiled, but {repr(name) if name else 'the model'} has "
                 "had its compile() called; call it on the plain model"
             )
-        for known in type(module).__mro__:
-            if known.__name__ in _WRAPPERS and known.__module__.startswith("torch."):
-                raise RuntimeError(
-                    f"plainconv.{function} comes before a model is wrapped, sharded or compiled, but "
-                    f"{repr(name) if name else 'the model'} is {_WRAPPERS[known.__name__]} already; "
-                    f"call it on the plain model"
-                )
+        names = [known.__name__ for known in type(module).__mro__ if known.__module__.startswith("torch.")]
+        done = [_WRAPPERS[known] for known in names if known in _WRAPPERS]
+        if any(type(value).__name__ == "DTensor" for value in module.parameters(recurse=False)):
+            done.append("sharded (its parameters are DTensors)")  # of a child, by what was done to the whole
+        if done:
+            raise RuntimeError(
+                f"plainconv.{function} comes before a model is wrapped, sharded or compiled, but "
+                f"{repr(name) if name else 'the model'} is {done[0]} already; call it on the plain model"
+            )
 
 
 # -- the classes -----------------------------------------------------------------------------------------------------

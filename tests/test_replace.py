@@ -320,6 +320,20 @@ def test_torch_compile_in_one_graph(model, x):
     assert model.first.weight.grad is not None
 
 
+def test_a_compiled_model_notices_that_its_layers_were_swapped(model, x):
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(str(module.graph))
+        return module.forward
+
+    compiled = torch.compile(model, backend=backend)
+    asked = compiled(x)
+    plainconv.swap(model)
+    close(compiled(x), asked)
+    assert ["plainconv" in graph for graph in graphs] == [False, True]
+
+
 def test_torch_export(model, x):
     plainconv.swap(model.eval())
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -370,7 +384,10 @@ def test_symbolic_trace_takes_the_layers_as_leaves(model, x):
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [plainconv.swap, plainconv.unswap])
+both = pytest.mark.parametrize("function", [plainconv.swap, plainconv.unswap])
+
+
+@both
 def test_it_comes_before_the_model_is_wrapped(model, function):
     for wrapped, told in (
         (nn.DataParallel(model), "DataParallel"),
@@ -393,17 +410,19 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_training_in_parallel_comes_after_it(model, x, one_process):
+@both
+def test_training_in_parallel_comes_after_it(function, model, x, one_process):
     plainconv.swap(model)
     asked = model(x)
     wrapped = nn.parallel.DistributedDataParallel(model)
     close(wrapped(x), asked)
     wrapped(x).sum().backward()
     with pytest.raises(RuntimeError, match="the model is wrapped in DistributedDataParallel already"):
-        plainconv.unswap(wrapped)
+        function(wrapped)
 
 
-def test_sharding_comes_after_it(model, x, one_process):
+@both
+def test_sharding_comes_after_it(function, model, x, one_process):
     plainconv.swap(model.eval())
     asked = model(x)
     fully_shard(model.first, mesh=one_process)
@@ -412,7 +431,10 @@ def test_sharding_comes_after_it(model, x, one_process):
     model(x).sum().backward()
     assert isinstance(model.first.weight, DTensor)
     with pytest.raises(RuntimeError, match="the model is sharded by fully_shard already"):
-        plainconv.unswap(model)
+        function(model)
+    for part in (model.body, model.up):
+        with pytest.raises(RuntimeError, match=r"is sharded \(its parameters are DTensors\) already"):
+            function(part)
 
 
 def test_a_distributed_tensor_is_told_to_unswap(model, x, one_process):
