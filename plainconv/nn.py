@@ -85,6 +85,30 @@ class _Layer(_ConvNd):
         told += "" if self.allow_builtin is None else f", allow_builtin={self.allow_builtin}"
         return told if self.precision is None else f"{told}, precision={self.precision}"
 
+    def __prepare_scriptable__(self) -> Any:
+        raise _beyond_jit(self, "compile")
+
+
+def _beyond_jit(layer: _Layer, does: str) -> RuntimeError:
+    name = type(layer).__name__
+    return RuntimeError(
+        f"torch.jit cannot {does} plainconv.nn.{name}; give it torch.nn.{name} of the same arguments, with this "
+        "layer's state_dict, or use torch.export (torch.onnx.export with dynamo=True)"
+    )
+
+
+def _called(layer: _Layer, *arguments: Any) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise _beyond_jit(layer, "trace")
+    return type(layer).function(
+        *arguments,
+        padding_mode=layer.padding_mode,
+        algorithm=layer.algorithm,
+        max_workspace=layer.max_workspace,
+        allow_builtin=layer.allow_builtin,
+        precision=layer.precision,
+    )
+
 
 def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None, precision: str | None) -> None:
     check_algorithm(algorithm)
@@ -113,40 +137,14 @@ def _checked(function: str, padding: Any) -> Any:
 
 class _Conv(_Layer):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return type(self).function(
-            input,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-            algorithm=self.algorithm,
-            max_workspace=self.max_workspace,
-            allow_builtin=self.allow_builtin,
-            precision=self.precision,
-        )
+        return _called(self, input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _ConvTranspose(_Layer, _ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         extra = self.output_padding if output_size is None else self._output_padding_for(input, output_size)
-        return type(self).function(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            extra,
-            self.groups,
-            self.dilation,
-            padding_mode=self.padding_mode,
-            algorithm=self.algorithm,
-            max_workspace=self.max_workspace,
-            allow_builtin=self.allow_builtin,
-            precision=self.precision,
-        )
+        sizes = self.stride, self.padding, extra, self.groups, self.dilation
+        return _called(self, input, self.weight, self.bias, *sizes)
 
     def _output_padding_for(self, input: Tensor, output_size: list[int]) -> list[int]:
         dims = len(self.kernel_size)

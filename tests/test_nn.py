@@ -476,3 +476,17 @@ def test_padding_mode_and_pairs_reach_the_function():
     x = picture("Conv2d")
     padded = F.pad(x, (1, 3, 2, 0), mode="reflect")
     assert_close(layer(x), F.conv2d(padded, layer.weight, layer.bias))
+
+
+@every_layer
+def test_torch_jit_is_told_what_to_give_it_instead(name):
+    mine, torchs = both(name, 4, 4, 3, dtype=torch.float64)
+    x = picture(name)
+    told = rf"plainconv\.nn\.{name}; give it torch\.nn\.{name} of the same arguments, with this layer's state_dict"
+    for layer in (mine, torch.nn.Sequential(mine)):
+        with pytest.raises(RuntimeError, match=f"torch.jit cannot compile {told}"):
+            torch.jit.script(layer)
+        with pytest.raises(RuntimeError, match=f"torch.jit cannot trace {told}"):
+            torch.jit.trace(layer, x)
+    torchs.load_state_dict(mine.state_dict())
+    assert_close(torch.jit.trace(torchs, x)(x), mine(x))
