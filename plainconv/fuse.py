@@ -20,7 +20,6 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from operator import attrgetter, eq
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ShapesCollection
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -126,7 +125,10 @@ class Optimized(nn.Module):
             return self.model(*args, **kwargs)
         except AssertionError as error:  # torch.export's guards
             if str(error).startswith("Guard failed: "):
-                raise _unlike(str(error).removeprefix("Guard failed: ")) from None
+                told = _unlike(str(error).removeprefix("Guard failed: "))
+                for note in self._notes_without_guards(args, kwargs):
+                    told.add_note(note)
+                raise told from None
             raise
         except ValueError as error:  # its reading of arguments
             if str(error).startswith(("Trying to flatten user inputs", "Ran into a kwarg keyword mismatch")):
@@ -140,6 +142,19 @@ class Optimized(nn.Module):
         for dim, (size, example) in enumerate(zip(leaf.shape, shape, strict=False)):
             if size == 1 != example and not (dim == 0 and self._one):
                 raise _unlike(f"a size of {example} at dimension {dim}, and not of 1,")
+
+    def _notes_without_guards(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """What the first convolution says that these cannot come to, and its name; nothing, if there is none."""
+        assert isinstance(self.model, GraphModule)
+        unguarded = _Unguarded(self.model)
+        unguarded.extra_traceback = False  # it would be written into the error
+        try:
+            with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+                unguarded.run(*tree_leaves((args, kwargs)), enable_io_processing=False)
+        except Exception as error:
+            return [f"{note}: {error}" for note in getattr(error, "__notes__", ())]
+        return []
 
     def train(self, mode: bool = True) -> Optimized:
         """Raises RuntimeError for mode=True: what is optimized stays in evaluation mode."""
@@ -211,6 +226,13 @@ def optimize(
                 graph.add_module(name, step.packed)
     told = {name: (step.functions, step.algorithm) for name, step in steps.items()}
     return Optimized(graph, Optimization(told, kept, last, None), _shapes(args, kwargs), one)
+
+
+class _Unguarded(Interpreter):
+    """The graph, whatever it is given."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return None if target == "_guards_fn" else super().call_module(target, args, kwargs)
 
 
 def _unlike(condition: str) -> RuntimeError:
@@ -429,9 +451,11 @@ class _Step(nn.Module):
         weight, bias = self._given
         self._given = None
         try:
-            return prepack(weight, input.shape, bias, memory_format=_format(input), **self.options)
+            packed = prepack(weight, input.shape, bias, memory_format=_format(input), **self.options)
         except AlgorithmRefused as error:
             raise AlgorithmRefused(f"layer {self.name!r}: {error}") from None
+        packed.layer = self.name
+        return packed
 
 
 def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[str, str]]:
@@ -653,20 +677,12 @@ def _each_by_itself(
         except TypeError as error:  # a layer with a forward of its own
             kept[name] = str(error)
         else:
+            packed[layer].layer = name
             fused[name] = (_kind(layer.transposed),), packed[layer].algorithm
     for changed, call in packed.items():  # it stays what it is to those who read its attributes
         changed.add_module("prepacked", call)
-        changed.forward = partial(_named_in_errors, layers[changed], call)
+        changed.forward = call.__call__
     return Optimized(model, Optimization(fused, kept, False, why))
-
-
-def _named_in_errors(name: str, call: Prepacked, input: Tensor) -> Tensor:
-    try:
-        result: Tensor = call(input)
-    except Exception as error:
-        error.add_note(f"in layer {name!r}")
-        raise
-    return result
 
 
 def _format(input: Tensor) -> torch.memory_format:

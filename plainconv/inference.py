@@ -50,10 +50,12 @@ class Prepacked(nn.Module):
     Attributes:
         request: what it was made for.
         algorithm: the name of the algorithm that serves that.
+        layer: the name in a model of what it was made from, if somebody said it: errors have it as a note.
     """
 
     request: Request
     algorithm: str
+    layer: str | None = None
 
     def __init__(
         self,
@@ -82,18 +84,25 @@ class Prepacked(nn.Module):
 
         residual: of the result's shape and type.  There are no gradients.
         """
+        if torch.compiler.is_compiling():
+            return self._watched(input, residual)
         given = _given(input, residual)
         plain = type(input) in ops.PLAIN and (residual is None or type(residual) in ops.PLAIN)
-        if plain and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
-            for fits, asks, run in self._ready.get(_key(input, residual), ()):
-                if fits(*given) and forward_ad._current_level < 0:
-                    if asks:
-                        _no_gradients(*given)
-                    return run(input, residual)
-            _no_gradients(*given)
-            if all(ops.watching(tensor, self._weight, self._bias) is ops.Watch.NOTHING for tensor in given):
-                return self._bind(input, residual)(input, residual)
-        return self._watched(input, residual)
+        try:
+            if plain and torch._C._get_tracing_state() is None:
+                for fits, asks, run in self._ready.get(_key(input, residual), ()):
+                    if fits(*given) and forward_ad._current_level < 0:
+                        if asks:
+                            _no_gradients(*given)
+                        return run(input, residual)
+                _no_gradients(*given)
+                if all(ops.watching(tensor, self._weight, self._bias) is ops.Watch.NOTHING for tensor in given):
+                    return self._bind(input, residual)(input, residual)
+            return self._watched(input, residual)
+        except Exception as error:
+            if self.layer:
+                error.add_note(f"in layer {self.layer!r}")
+            raise
 
     @property
     def nbytes(self) -> int:

@@ -385,6 +385,25 @@ def test_a_model_without_a_graph_is_prepacked_layer_by_layer():
     with pytest.raises(RuntimeError) as error:
         fast(torch.randn(2, 3, 6, 6))
     assert error.value.__notes__ == ["in layer 'c'"]
+    copied = copy.deepcopy(fast)
+    assert copied.model.c.forward.__self__ is copied.model.c.prepacked is not fast.model.c.prepacked
+    same(model, copied, x)
+
+
+def test_what_does_not_fit_names_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.Flatten(), nn.Linear(200, 2))
+    fast = plainconv.optimize(model.eval(), torch.randn(2, 3, 11, 11))
+    with pytest.raises(RuntimeError, match=r"input\.size\(\)\[1\] == 3 does not hold") as error, torch.no_grad():
+        fast(torch.randn(2, 5, 11, 11))
+    (note,) = error.value.__notes__
+    assert note.startswith("in layer '0': ")
+    assert note.endswith("to have 3 channels, but got 5 channels instead")
+    with pytest.raises(RuntimeError, match=r"weight type \(torch.FloatTensor\) should be") as error, torch.no_grad():
+        fast(torch.randn(2, 3, 11, 11).double())
+    assert error.value.__notes__ == ["in layer '0'"]
+    with pytest.raises(RuntimeError, match="does not hold") as error, torch.no_grad():
+        fast(torch.randn(2, 3, 12, 12))
+    assert not hasattr(error.value, "__notes__"), "no convolution minds"
 
 
 def test_what_is_fused_is_called_directly():
