@@ -320,6 +320,19 @@ def test_torch_compile_in_one_graph(model, x):
     assert model.first.weight.grad is not None
 
 
+@pytest.mark.slow
+def test_torch_compile_by_inductor(model, x):
+    before = copy.deepcopy(model)
+    plainconv.swap(model)
+    result, asked = torch.compile(model, fullgraph=True)(x), before(x)
+    close(result, asked)
+    gradients = torch.autograd.grad(result.square().mean(), list(model.parameters()))
+    for ours, theirs in zip(
+        gradients, torch.autograd.grad(asked.square().mean(), list(before.parameters())), strict=True
+    ):
+        close(ours, theirs)
+
+
 def test_a_compiled_model_notices_that_its_layers_were_swapped(model, x):
     graphs = []
 
