@@ -234,8 +234,13 @@ def _distance(found: Any, exact: Tensor) -> float:
 # -- records ---------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, batch: int) -> str:
-    return f"{name}-{batch}" if len(NETWORKS[name].batches) > 1 else name
+def _rows() -> dict[str, tuple[str, int]]:
+    """Name of a record -> the network and the batch that it is of."""
+    return {
+        f"{name}-{batch}" if len(of.batches) > 1 else name: (name, batch)
+        for name, of in NETWORKS.items()
+        for batch in of.batches
+    }
 
 
 def main(
@@ -249,10 +254,10 @@ def main(
     """Measure models, and write results/models.json and results/models.md."""
     path, page = out / "models.json", out / "models.md"
     records: dict[str, Record] = json.loads(path.read_text()) if path.exists() else {}
+    rows = _rows()
     if check:
-        raise typer.Exit(int(not page.exists() or page.read_text() != models_page.page(records)))
+        raise typer.Exit(int(not page.exists() or page.read_text() != models_page.page(records, rows)))
     torch.set_num_threads(threads)
-    rows = {_row(name, batch): (name, batch) for name, of in NETWORKS.items() for batch in of.batches}
     if unknown := {*(names or [])} - {*NETWORKS, *rows}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     for row, (name, batch) in rows.items():
@@ -266,8 +271,8 @@ def main(
         path.write_text(json.dumps(records, indent=1) + "\n")  # a run that is interrupted leaves what it had
     records = {row: records[row] for row in rows if row in records}
     path.write_text(json.dumps(records, indent=1) + "\n")
-    page.write_text(models_page.page(records))
-    print(models_page.page(records))
+    page.write_text(models_page.page(records, rows))
+    print(page.read_text())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The records come from
     plainconv train --dataset mnist --seed S --out ...          -> results/mnist-seed-S.json
     python benchmarks/shift_against_seed.py --json ...          -> results/shift_against_seed.json
     python benchmarks/tables.py                                 -> results/bench/DIRECTION-TYPE-SUITE.json
+    python benchmarks/models.py                                 -> results/models.json
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import models_page
 from PIL import Image
 
 from plainconv import bench, picture, plots
@@ -136,6 +138,7 @@ def parts() -> dict[str, str]:
         "training": training(compared, mnist),
         "seed": seed(against_seed),
         "suites": suites(),
+        "models": models_page.summary(json.loads((RESULTS / "models.json").read_text())),
     }
 
 

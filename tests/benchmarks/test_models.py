@@ -67,6 +67,10 @@ def test_a_model_is_measured_and_its_page_written(models, tiny, tmp_path, monkey
     assert "| tiny | 2x3x12x12 |" in text
     assert "- tiny, torch.compile: not in a test" in text
     assert "- other: no_such is not installed" in text
+    assert "not measured yet" not in text
+    table = models.models_page.summary(records)
+    assert "| tiny | " in table
+    assert "other" not in table
     assert "- tiny: 2 prepacked" in text
     with pytest.raises(models.typer.Exit) as told:
         models.main([], check=True, out=tmp_path)
@@ -137,6 +141,34 @@ def test_what_misses_its_target(models):
     assert "resnet50-1, swap: 0.96 where its part promises 1.43" in told
     assert "resnet50-1, optimize: 1.43 of 1.80" in told
     assert "resnet50-1: OpenVINO takes 29% of optimize's time" in told
+
+
+def test_a_record_without_training_and_one_that_is_missing(models):
+    page = models.models_page
+    records = json.loads((RESULTS / "models.json").read_text())
+    record = {name: of for name, of in records["resnet50-1"].items() if name not in ("training", "gradients")}
+    text = page.page({"resnet50-8": record}, ["resnet50-1", "resnet50-8"])
+    assert "- resnet50-1: not measured yet" in text
+    assert "- resnet50-8: not" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| resnet50-8") and line.endswith("| - | - |"))
+    assert line.count("e-") == 3
+
+
+def test_the_summary_names_who_is_quicker(models):
+    timing = {"torch": 0.1, "torch channels_last": 0.09, "swap": 0.091, "optimize": 0.05, "openvino": 0.04}
+    record = {
+        "timings": {name: {"median_s": seconds} for name, seconds in timing.items()},
+        "best": {"torch": "torch channels_last", "swap": "swap"},
+        "parts": {name: {"seconds": 0.05, "share": 0.5} for name in ("torch", "torch behind", "swap", "optimize")},
+        "errors": dict.fromkeys(timing, 1e-06),
+    }
+    told = models.models_page.summary({"net": record, "other": {"why_not": "no"}})
+    assert "| net | 90.0 | - | - | 40.0 | 91.0 | 50.0 | 50% / 50% | 1e-06 / 1e-06 / 1e-06 |" in told
+    assert told.splitlines()[-3:] == [
+        "",
+        "- swap is slower than torch: net 0.99",
+        "- optimize is slower than OpenVINO: net 0.80",
+    ]
 
 
 def test_the_network_of_volumes(models):
@@ -225,5 +257,5 @@ def test_transformers_configurations(models, name):
 
 @pytest.mark.skipif(not (RESULTS / "models.json").exists(), reason="make models was not called yet")
 def test_the_page_is_what_the_records_say(models):
-    page = models.models_page.page(json.loads((RESULTS / "models.json").read_text()))
+    page = models.models_page.page(json.loads((RESULTS / "models.json").read_text()), models._rows())
     assert (RESULTS / "models.md").read_text() == page, "run python benchmarks/models.py --write"

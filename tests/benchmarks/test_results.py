@@ -40,6 +40,13 @@ def test_shift_is_never_slower_than_the_seed():
     assert min(record["ratio"] for record in records) >= 1
 
 
+def test_a_swapped_or_optimized_resnet_is_within_1e_5_of_float64():
+    nets = [of for name, of in load("models.json").items() if name.startswith("resnet50")]
+    errors = {side: error for of in nets for side, error in of["errors"].items() if side.startswith(("swap", "opt"))}
+    assert {"swap", "optimize"} <= set(errors)
+    assert max(errors.values()) < 1e-5
+
+
 def test_winograd_changes_the_loss_less_than_another_seed_does():
     curves = load("loss_curves.json")["curves"]
     assert [(curve["net"], len(curve["winograd"])) for curve in curves] == [("mnist", 18), ("resnet", 50)]
