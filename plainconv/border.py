@@ -25,6 +25,8 @@ from torch import Tensor
 
 from plainconv.problem import Pair
 
+Index = tuple[EllipsisType | slice | int, ...]
+
 
 class Run(NamedTuple):
     """Strip places at .. at + length - 1 show input elements source, source + step, ...; source -1: zeros."""
@@ -70,12 +72,12 @@ def runs(size: int, padding: Pair, mode: str, start: int, count: int, step: int 
     return tuple(run for run in pieces if run.length)
 
 
-def inner(sides: Iterable[slice | int]) -> tuple[EllipsisType | slice | int, ...]:
+def inner(sides: Iterable[slice | int]) -> Index:
     """An index that takes these of the last dimensions, and all of those before."""
     return (..., *sides)
 
 
-def _part(axes: Sequence[Run]) -> tuple[EllipsisType | slice | int, ...]:
+def _part(axes: Sequence[Run]) -> Index:
     return inner(slice(run.at, run.at + run.length) for run in axes)
 
 

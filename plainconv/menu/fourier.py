@@ -53,6 +53,8 @@ def why_not(request: Request) -> str | None:
         return "it is for stride 1 and no dilation"
     if problem.taps == 1:
         return "a kernel of one tap has nothing to transform"
+    if (problem.group_in, problem.group_out) == (1, 1):
+        return "lanes are channels, and a group of one leaves all others idle"
     if not _forms(sides_of(work(request))):
         return "the kernel is too large for rows so short, or moves along the depth"
     return None

@@ -273,6 +273,7 @@ def test_what_is_refused_is_said():
         ("n1 c2 o2 x8x8 k3x3 s2", {}, "stride 1"),
         ("n1 c2 o2 x8x8 k3x3 d2", {}, "no dilation"),
         ("n1 c2 o2 x8x8 k1x1", {}, "one tap"),
+        ("n1 c2 o2 x80 k7 g2", {}, "a group of one"),
         ("n1 c2 o2 x38x38 k31x31", {}, "too large"),
         ("n1 c2 o2 x8x8x8 k3x3x3", {}, "along the depth"),
         (f"n1 c2 o2 x8x8 k3x3 p{1 << 21}", {}, "tables list every place"),
