@@ -1,8 +1,9 @@
 # make demo    set up, then `plainconv compare` on the data that comes with the libraries; the report is out/report.html
 # make test    set up, then the quick tests
 # make check   everything slow: lint, format, types, the slow tests, the wheel in a clean environment
-# make bench   every suite beside torch, forward in three types, and training, and what compiling takes: the tables under
-#              results/ (about an hour; it measures what has no record yet, or with AGAIN=--again everything)
+# make bench   every suite beside torch, forward in three types, and training, what compiling takes, and Gaussians beside
+#              OpenCV and SciPy, which it installs: the tables under results/ (about an hour; it measures what has no
+#              record yet, or with AGAIN=--again everything)
 # make models  whole models beside torch.compile, ONNX Runtime and OpenVINO: results/models.md (15 minutes; it installs
 #              transformers and the others first)
 # make fit     fit the estimates that rank algorithms to the records of make bench
@@ -40,6 +41,8 @@ wheel: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/tables.py $(AGAIN)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,gaussians]"
+	$(BIN)/python benchmarks/gaussians.py
 	$(BIN)/python benchmarks/readme.py
 
 models: $(STAMP)

@@ -63,7 +63,7 @@ def summary(records: Records) -> str:
         for name, record in had.items()
     ]
     names = ("torch", *(SIDES[side] for side in sides[1:]))
-    table = _table(("milliseconds", *names, "p of swap / optimize", "error of torch / swap / optimize"), rows)
+    times = table(("milliseconds", *names, "p of swap / optimize", "error of torch / swap / optimize"), rows)
     losses = []
     for of, others in BEATEN.items():
         for other in others:
@@ -72,7 +72,7 @@ def summary(records: Records) -> str:
                 losses.append(
                     f"- {of} is slower than {'torch' if other == 'torch' else SIDES[other]}: {', '.join(slower)}"
                 )
-    return "\n\n".join([table, *(["\n".join(losses)] if losses else [])])
+    return "\n\n".join([times, *(["\n".join(losses)] if losses else [])])
 
 
 def conditions(records: Records) -> list[str]:
@@ -157,9 +157,10 @@ def _cell(record: Record, side: str) -> str:
     return f"{_ms(record, side):.1f}" if side in record["timings"] else "-"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _mean(records: Records, of: Callable[[Record], float]) -> str:
@@ -181,7 +182,7 @@ def _times(records: Records) -> str:
     ]
     means = [_mean(records, lambda record, side=side: gain(record, side)) for side in ("swap", "optimize")]
     rows.append(("geometric mean", *[""] * (1 + len(SIDES)), *means))
-    return "Milliseconds of a run, the median.\n\n" + _table(
+    return "Milliseconds of a run, the median.\n\n" + table(
         ("model", "input", *SIDES.values(), "torch / swap", "torch / optimize"), rows
     )
 
@@ -198,7 +199,7 @@ def _parts(records: Records) -> str:
     rows = [(name, *(cell for of in both for cell in _told(record, of))) for name, record in records.items()]
     means = [_mean(records, lambda record, of=of: part(record, of)[1]) for of in both]
     rows.append(("geometric mean", "", means[0], "", "", "", means[1], "", ""))
-    return _table(("model", *head), rows)
+    return table(("model", *head), rows)
 
 
 def _training(records: Records) -> str:
@@ -212,7 +213,7 @@ def _training(records: Records) -> str:
         rows.append((name, *times, *_told(record, "training")))
     rows.append(("geometric mean", "", "", "", "", _mean(records, lambda record: part(record, "training")[1]), "", ""))
     head = ("model", "torch, NCHW", "torch, channels_last", "plainconv swap", "p", "s", "promised", "whole")
-    return "Milliseconds of forward and backward, the median.\n\n" + _table(head, rows)
+    return "Milliseconds of forward and backward, the median.\n\n" + table(head, rows)
 
 
 def _errors(records: Records) -> str:
@@ -233,7 +234,7 @@ def _errors(records: Records) -> str:
         "A gradient jumps where the argument of a ReLU changes its sign, so a small difference in front of one that is "
         "near 0 shows enlarged in the gradients, on every side; with a smooth activation in its place it does not."
     )
-    return f"{said}\n\n" + _table(head, [row(name, record) for name, record in records.items()])
+    return f"{said}\n\n" + table(head, [row(name, record) for name, record in records.items()])
 
 
 def _optimized(records: Records) -> str:

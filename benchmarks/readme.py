@@ -7,6 +7,7 @@ The records come from
     plainconv compare --out out                                 -> results/compare.json (out/records.json)
     plainconv train --dataset mnist --seed S --out ...          -> results/mnist-seed-S.json
     python benchmarks/shift_against_seed.py --json ...          -> results/shift_against_seed.json
+    python benchmarks/gaussians.py                              -> results/gaussians.json
     python benchmarks/tables.py                                 -> results/bench/DIRECTION-TYPE-SUITE.json
     python benchmarks/models.py                                 -> results/models.json
 """
@@ -16,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gaussians_page
 import models_page
+from models_page import table
 from PIL import Image
 
 from plainconv import bench, picture, plots
@@ -30,12 +33,6 @@ from plainconv.timing import duration
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "results", ROOT / "docs" / "pictures"
 SHOWN = ("identity", "emboss", "sharpen", "edge", "sobel")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def filters(records: dict[str, Any]) -> str:
@@ -132,11 +129,13 @@ def parts() -> dict[str, str]:
     compared = json.loads((RESULTS / "compare.json").read_text())
     mnist = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("mnist-seed-*.json"))]
     against_seed = json.loads((RESULTS / "shift_against_seed.json").read_text())
+    gaussians = json.loads((RESULTS / "gaussians.json").read_text())
     return {
         "machine": machine(compared),
         "filters": filters(compared),
         "training": training(compared, mnist),
         "seed": seed(against_seed),
+        "gaussians": gaussians_page.times(gaussians),
         "suites": suites(),
         "models": models_page.summary(json.loads((RESULTS / "models.json").read_text())),
     }

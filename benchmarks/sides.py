@@ -95,7 +95,7 @@ def of_compile(given: Given) -> Callable[[], Any]:
 
 def of_onnxruntime(given: Given) -> Callable[[], Any]:
     """ONNX Runtime, all its optimisations, on the processor."""
-    _installed("onnxruntime")
+    installed("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -113,7 +113,7 @@ def of_onnxruntime(given: Given) -> Callable[[], Any]:
 
 def of_openvino(given: Given) -> Callable[[], Any]:
     """OpenVINO, tuned for the time of one call, in float32."""
-    _installed("openvino")
+    installed("openvino")
     import openvino
 
     asked = {
@@ -157,7 +157,8 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _installed(package: str) -> None:
+def installed(package: str) -> None:
+    """Raises Absent where it is not."""
     if find_spec(package) is None:
         raise Absent(f"{package} is not installed")
 
