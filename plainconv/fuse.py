@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -259,18 +260,15 @@ def _written(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     batched = bool(given) and all(leaf.dim() > 1 and len(leaf) == len(given[0]) for leaf in given)
-    with _quiet():
-        if batched and len(given[0]) == 1:
-            with contextlib.suppress(Exception):
-                graph = _exported(model, *tree_map_only(Tensor, lambda leaf: torch.cat([leaf, leaf]), (args, kwargs)))
-                if _agree(model, graph, args, kwargs):
-                    return graph, True
+    if batched and len(given[0]) == 1:
         with contextlib.suppress(Exception):
-            graph = _exported(model, args, kwargs)
-            return graph, batched and _agree(
-                model, graph, *tree_map_only(Tensor, lambda leaf: leaf[:1], (args, kwargs))
-            )
-        return _exported(model, args, kwargs, any_size=False), False
+            graph = _exported(model, *tree_map_only(Tensor, lambda leaf: torch.cat([leaf, leaf]), (args, kwargs)))
+            if _agree(model, graph, args, kwargs):
+                return graph, True
+    with contextlib.suppress(Exception):
+        graph = _exported(model, args, kwargs)
+        return graph, batched and _agree(model, graph, *tree_map_only(Tensor, lambda leaf: leaf[:1], (args, kwargs)))
+    return _exported(model, args, kwargs, any_size=False), False
 
 
 def _agree(model: nn.Module, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -306,11 +304,12 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shapes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export tells in the log, on many pages, what it then says in its error."""
+    """torch.export tells in the log and on stderr, on many pages, what it then says in its error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
@@ -321,8 +320,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *
         if isinstance(leaf, Tensor):
             sizes[leaf] = {dim: Dim.AUTO for dim, size in enumerate(leaf.shape) if size > 1}
     dynamic: Any = sizes if any_size else None
-    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
-    graph = program.run_decompositions({}).module()
+    with _quiet():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+        graph = program.run_decompositions({}).module()
     assert isinstance(graph, GraphModule)
     return graph
 
