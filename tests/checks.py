@@ -170,6 +170,11 @@ def spread(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
+def expanded(tensor: Tensor) -> Tensor:
+    """The first along the first dimension, in place of all others: one number in memory, of a bias."""
+    return tensor[:1].clone().expand(tensor.shape)
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.contiguous(memory_format=formats.get(tensor.dim(), torch.contiguous_format))
@@ -333,13 +338,19 @@ def check(
     layout: object = None,
     seed: int = 0,
     device: str = "cpu",
+    of_bias: object = None,
 ) -> None:
-    """Hold one algorithm to the definition on one request, with tensors on a device."""
+    """Hold one algorithm to the definition on one request, with tensors on a device.
+
+    layout: of the two that are given; of_bias: of the bias.
+    """
     tensors = Tensors(*(None if tensor is None else tensor.to(device) for tensor in given(asked, values, seed)))
     if algorithm.name == "separable":
         tensors = tensors._replace(second=product_of_lines(tensors.second))
     if layout is not None:
         tensors = tensors._replace(first=layout(tensors.first), second=layout(tensors.second))  # type: ignore[operator]
+    if of_bias is not None:
+        tensors = tensors._replace(bias=of_bias(tensors.bias))  # type: ignore[operator]
     result = result_of(algorithm, asked, *tensors)
     at_home = (None if tensor is None else tensor.cpu() for tensor in tensors)
     compare(algorithm, asked, result.cpu(), *at_home, to_the_bit=values is integers)  # type: ignore[arg-type]

@@ -59,16 +59,20 @@ def check(
     values: Callable[..., torch.Tensor] = checks.integers,
     layout: Callable[..., torch.Tensor] | None = None,
     *,
+    of_bias: Callable[..., torch.Tensor] | None = None,
     small: bool = False,
     blind: bool = False,
 ) -> None:
-    """Hold an algorithm to the definition; small: in small tiles; blind: it sees not all taps."""
+    """Hold an algorithm to the definition; small: in small tiles; blind: it sees not all taps.
+
+    layout, of_bias: see checks.check.
+    """
     algorithm = checks.BY_NAME[name]
     assert algorithm.why_not(request) is None, algorithm.why_not(request)
     if blind:
         algorithm = checks.dropping_a_tap(algorithm)
     with _small() if small else contextlib.nullcontext():
-        checks.check(algorithm, request, values, layout)
+        checks.check(algorithm, request, values, layout, of_bias=of_bias)
 
 
 @contextlib.contextmanager

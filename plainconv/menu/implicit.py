@@ -70,9 +70,14 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
         w = w.movedim(1, -1) if stays is None else stays  # [o, taps, c/g]
         if not w.is_contiguous():
             w = carve(workspace, [room])[0].copy_(w)
-        fill(read, w, bias, residual, out)
+        fill(read, w, in_order(bias), residual, out)
 
     return run
+
+
+def in_order(bias: Tensor | None) -> Tensor | None:
+    """A bias as the kernels read it, one number after the other; it may be a view, or expanded."""
+    return None if bias is None else bias.contiguous()
 
 
 def strides(request: Request) -> tuple[int, ...]:

@@ -61,6 +61,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     fill = rows.rolling(request, tensors.first, tensors.second, implicit.strides(request))
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
-        fill(*tensors, out)
+        read, w, bias, residual = tensors
+        fill(read, w, implicit.in_order(bias), residual, out)
 
     return run

@@ -10,7 +10,7 @@ import checks
 import pytest
 import torch
 from ahead import TYPES, typical
-from checks import ACTIVATIONS, CASES, channels_last, reals, spread
+from checks import ACTIVATIONS, CASES, channels_last, expanded, reals, spread
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch_samples import (
@@ -136,6 +136,14 @@ def test_small_problems_with_what_is_fused(activation, direction):
         request = asked(text, direction, torch.bfloat16, **more)
         for name in able(request):
             check(name, request, reals)
+
+
+@pytest.mark.parametrize("layout", [spread, expanded])
+def test_a_small_bias_that_lies_otherwise(layout):
+    for text in ("n2 c12 o6 x4x5 k2x3 s2x1 p1 g2", "n2 c9 o12 x5x4 k1x1", "n2 c8 o8 x7x6 k3x3 p1 g8"):
+        request = asked(text, Direction.FORWARD, has_bias=True)
+        for name in able(request):
+            checks.check(checks.BY_NAME[name], request, device=DEVICE, of_bias=layout)
 
 
 @directions

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import ACTIVATIONS, CASES, channels_inside, channels_last, reals, spread
+from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
 from interpreted import asked, check, check_guarded, check_packed, far, result
 
 from plainconv.menu.base import FLOATS
@@ -66,6 +66,14 @@ def test_tensors_that_lie_otherwise(layout, direction, interpreted):
     for last in (False, True):
         request = asked("n2 c2 o2 x4x5 k3x2 p1 s1x2", direction, channels_last=last)
         interpreted(check, "direct", request, layout=layout)
+
+
+@maps
+@pytest.mark.parametrize("layout", [spread, expanded])
+def test_a_bias_that_lies_otherwise(layout, direction, interpreted):
+    for last, text in ((False, "n2 c4 o6 x4x5 k2x3 s2x1 p1 g2"), (True, "n2 c5 o4 x6x6 k1x1")):
+        request = asked(text, direction, has_bias=True, channels_last=last)
+        interpreted(check, name(text), request, of_bias=layout)
 
 
 @directions

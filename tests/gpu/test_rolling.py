@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import ACTIVATIONS, CASES, channels_inside, channels_last, reals, spread
+from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
 from interpreted import asked, check, check_guarded, far
 
 from plainconv.menu.base import FLOATS
@@ -72,6 +72,14 @@ def test_tensors_that_lie_otherwise(layout, direction, interpreted):
         for text in ("n2 c2 o2 x4x5 k3x2 p1 s1x2", "n2 c2 o2 x4x5 k3x2 p1 s1x2 g2"):
             request = asked(text, direction, channels_last=last)
             interpreted(check, name(request.problem, direction), request, layout=layout)
+
+
+@maps
+@pytest.mark.parametrize("layout", [spread, expanded])
+def test_a_bias_that_lies_otherwise(layout, direction, interpreted):
+    for last, text in ((False, "n2 c6 o4 x4x5 k2x3 s2x1 p1 g2"), (True, "n2 c4 o4 x6x6 k3x3 p1 g4")):
+        request = asked(text, direction, has_bias=True, channels_last=last)
+        interpreted(check, name(request.problem, direction), request, of_bias=layout)
 
 
 @directions
