@@ -286,7 +286,13 @@ def bench_suites(
                 def watch(done: int, name: str) -> None:
                     progress.update(task, completed=done, description=name[:60])
 
-                rows, setting = bench.measure_all(layers, setting, watch)
+                def lose(layer: bench.Layer, error: RuntimeError) -> None:
+                    lost.append(f"{layer.suite} {layer.name} could not be measured: {error}")
+
+                lost: list[str] = []
+                rows, setting = bench.measure_all(layers, setting, watch, lose)
+            if not rows:
+                raise InputError(lost[0])
             records = bench.as_records(rows, setting)
         print(bench.heading(records))
         print(bench.table(rows))
@@ -303,6 +309,8 @@ def bench_suites(
             with write_whole(out / f"{stem}.png") as file:
                 file.write(bars(bench.drawn(records), bench.heading(records).partition("\n")[0]))
             print(out / f"{stem}.png")
+        if lost:
+            raise InputError("; ".join(lost))
 
 
 @app.command("algorithms")

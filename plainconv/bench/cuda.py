@@ -40,7 +40,7 @@ MOST_COPIES = 256
 SHARE = 16  # of the free memory: what all copies may take, before layouts, results and graphs
 LONG_S = 2e-3  # how long what is timed lasts, at least
 MOST_CALLS = 2048  # of it
-AHEAD = 200_000  # cycles that a GPU is kept busy, until what is timed is waiting for it
+AHEAD = 2_000_000  # cycles that a GPU is kept busy, until what is timed is waiting for it
 WIDE = {2: 8192, 4: 4096, 8: 4096}  # rows and columns of the matrices, by bytes of a number
 COPIES = tuple(1 << power for power in range(16, 31, 2))  # bytes read and written: 64 KiB to 1 GiB
 BUSY_S = 1.0  # how long it works while it is asked for its clocks
@@ -166,10 +166,16 @@ class Graphs(Rotating):
     """The same, captured and replayed: what the device takes."""
 
     def made(self, calls: Sequence[Call], rounds: int) -> Callable[[], object]:
-        return self.gpu.capture(super().made(calls, rounds))
+        captured = super().made(calls, rounds)
+        return partial(_replay, self.gpu.capture(captured), captured)
 
     def seconds(self, run: Callable[[], object]) -> float:
         return self.gpu.elapsed(run)
+
+
+def _replay(graph: Callable[[], object], _captured: object) -> None:
+    """A graph keeps none of the tensors outside of its own memory: what it was captured from has to live as long."""
+    graph()
 
 
 class Cuda:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +25,11 @@ from plainconv.bench import calls
 from plainconv.bench.against import Library, call_of
 from plainconv.bench.calls import Call, Tensors
 from plainconv.bench.check import Exact, Verdict, exact, judge
-from plainconv.bench.device import Clock, Device, Host
+from plainconv.bench.device import Clock, Device, Host, Ready
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.suites import Layer
 from plainconv.cpu import compile
 from plainconv.menu import ALGORITHMS
-from plainconv.menu.base import AlgorithmRefused
 from plainconv.plan import Explanation
 from plainconv.remember import forget
 from plainconv.timing import Timing, in_turn
@@ -156,7 +156,7 @@ class Row:
 
     def ratio_in(self, layout: str) -> float | None:
         """The same within one memory format; None if there is none, or if our result is wrong."""
-        if not self.right or layout not in self.ours:
+        if not self.right or layout not in self.ours or layout not in self.torch:
             return None
         return self.torch[layout].median_s / self.ours[layout].median_s
 
@@ -228,8 +228,15 @@ def alone(threads: int, device: Device | None = None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def _raised(layer: Layer, error: RuntimeError) -> None:
+    raise error
+
+
 def measure_all(
-    layers: Sequence[Layer], setting: Setting, watch: Callable[[int, str], object] = lambda done, name: None
+    layers: Sequence[Layer],
+    setting: Setting,
+    watch: Callable[[int, str], object] = lambda done, name: None,
+    lost: Callable[[Layer, RuntimeError], object] = _raised,
 ) -> tuple[list[Row], Setting]:
     """Measure one layer after the other, and the machine after each.
 
@@ -237,24 +244,32 @@ def measure_all(
         layers: of any suites.
         setting: its peaks are those at the start.
         watch: called before each layer, and at the end, with how many are done and the name of the next.
+        lost: told of a layer that cannot be measured, and why; the others are.
 
     Returns:
         the rows, and the setting with the best peaks of the run, within which all the rows are.
     """
     found: list[tuple[Row, Peaks]] = []
     best = setting.peaks
-    for layer in layers:
-        watch(len(found), f"{layer.suite} {layer.name}")
-        row = measure(layer, setting)
-        then = setting.device.peaks(setting.dtype, setting.threads, setting.direction, AFTER_S)
+    for done, layer in enumerate(layers):
+        watch(done, f"{layer.suite} {layer.name}")
+        try:
+            row = measure(layer, setting)
+            then = setting.device.peaks(setting.dtype, setting.threads, setting.direction, AFTER_S)
+        except RuntimeError as error:
+            lost(layer, error)
+            continue
         best = best.best(then)
         found.append((row, then))
-    watch(len(found), "done")
+    watch(len(layers), "done")
     return [row.within(best, then) for row, then in found], dataclasses.replace(setting, peaks=best)
 
 
 def measure(layer: Layer, setting: Setting) -> Row:
-    """Measure one layer; it takes a few times setting.seconds."""
+    """Measure one layer; it takes a few times setting.seconds.
+
+    Warns of what cannot be timed; RuntimeError, if that is all that torch has, or all that plainconv has.
+    """
     whole, direction, device = layer, setting.direction, setting.device
     layer = whole if setting.full or device.whole else whole.cut()
     device.settle()
@@ -287,12 +302,17 @@ def measure(layer: Layer, setting: Setting) -> Row:
     right = all(check.right for check in (*checks.values(), *packed_checks.values()))
     quick = {layout: list(map(_packed_call, many, turning[layout])) for layout, many in packed.items()}
     sides = {"torch": torchs, **({"ours": ours} if right else {}), **({"packed": quick} if right and quick else {})}
-    timings = _timed(sides, setting.seconds, device.clock)
+    timings, failed = _timed(sides, setting.seconds, device.clock)
+    for key, sentence in failed.items():
+        warnings.warn(f"{' '.join(key)} of {layer.name} is not timed: {sentence}", stacklevel=2)
+    for side in ("torch", "ours"):
+        if side in sides and not timings[side]:
+            raise RuntimeError(f"{side} cannot be timed: {failed[side, calls.CONTIGUOUS]}")
     at_best = best(timings["ours"]) if right else calls.CONTIGUOUS
     eager: dict[str, dict[str, Timing]] = {}
     if right and device.eager:
         both = {"torch": {"": torchs[best(timings["torch"])]}, "ours": {"": ours[at_best]}}
-        eager = _timed(both, setting.seconds, device.eager)
+        eager, _ = _timed(both, setting.seconds, device.eager)
     others = {
         name: call_of(library, layer, laid[calls.CONTIGUOUS], direction, setting.threads)
         for name, library in (setting.against or {}).items()
@@ -319,7 +339,7 @@ def measure(layer: Layer, setting: Setting) -> Row:
         packed_algorithms={layout: fast.algorithm for layout, (fast, *_) in packed.items()},
         packed_checks=packed_checks,
         device=torch.device(device.name).type,
-        eager={side: of[""] for side, of in eager.items()},
+        eager={side: of[""] for side, of in eager.items()} if all(eager.values()) else {},
     )
     return row.within(setting.peaks, setting.peaks)
 
@@ -330,11 +350,14 @@ def _packed_call(fast: Callable[[torch.Tensor], torch.Tensor], given: Tensors) -
 
 def _timed(
     sides: Mapping[str, Mapping[str, Sequence[Call]]], seconds: float, clock: Clock
-) -> dict[str, dict[str, Timing]]:
-    """Side -> memory format -> timing of a call, given once for each copy of its tensors. All were called before."""
-    ready = {(side, layout): clock.ready(given) for side, group in sides.items() for layout, given in group.items()}
+) -> tuple[dict[str, dict[str, Timing]], dict[tuple[str, str], str]]:
+    """Side -> memory format -> timing of a call, given once for each copy of its tensors. All were called before.
+
+    And why others cannot be timed: no graph captures them, or there is not enough memory.
+    """
+    ready, failed = _made_ready(sides, clock)
     once = {key: _once(one.run, clock) / one.calls for key, one in ready.items()}
-    least = {side: min(once[side, layout] for layout in group) for side, group in sides.items()}
+    least = {side: min(spent for (of, _), spent in once.items() if of == side) for side, _ in ready}
     few = [key for key, spent in once.items() if spent > SLOW * least[key[0]]]
     a_round = sum(once[key] * one.calls for key, one in ready.items() if key not in few)
 
@@ -345,10 +368,30 @@ def _timed(
     timings |= timed(
         (key for key in ready if key not in few), seconds=seconds, least=5 if a_round < seconds else 2, turn_s=TURN_S
     )
-    return {
-        side: {layout: timings[f"{side} {layout}"].each(ready[side, layout].calls) for layout in group}
-        for side, group in sides.items()
-    }
+    found: dict[str, dict[str, Timing]] = {side: {} for side in sides}
+    for (side, layout), one in ready.items():
+        found[side][layout] = timings[f"{side} {layout}"].each(one.calls)
+    return found, failed
+
+
+def _made_ready(
+    sides: Mapping[str, Mapping[str, Sequence[Call]]], clock: Clock
+) -> tuple[dict[tuple[str, str], Ready], dict[tuple[str, str], str]]:
+    """What is timed, and why others are not, by side and memory format."""
+    ready: dict[tuple[str, str], Ready] = {}
+    failed: dict[tuple[str, str], str] = {}
+    for side, group in sides.items():
+        for layout, given in group.items():
+            try:
+                ready[side, layout] = clock.ready(given)
+            except RuntimeError as error:
+                failed[side, layout] = _sentence(error)
+    return ready, failed
+
+
+def _sentence(error: RuntimeError) -> str:
+    """Its first line."""
+    return str(error).partition("\n")[0]
 
 
 def _once(run: Callable[[], object], clock: Clock) -> float:
@@ -416,14 +459,19 @@ def _regret(
             continue
         try:
             each = named(name)
-        except AlgorithmRefused as refused:  # it makes this gradient, but not the result whose gradient it is
-            left_out[name] = str(refused)
+            made = each[0]()[0]
+        except RuntimeError as error:  # it makes this gradient, but not the result whose gradient it is; or no memory
+            left_out[name] = _sentence(error)
             continue
-        if not judge(each[0]()[0], expected[0], verdict.algorithm.error(explanation.request)).right:
+        if not judge(made, expected[0], verdict.algorithm.error(explanation.request)).right:
             left_out[name] = "its result is wrong"
         elif name != explanation.chosen:
             timed[name] = each
-    timings = _timed({"regret": timed}, setting.seconds, setting.device.clock)["regret"]
+    found, failed = _timed({"regret": timed}, setting.seconds, setting.device.clock)
+    timings = found["regret"]
+    if "auto" not in timings:
+        return None
+    left_out |= {name: sentence for (_, name), sentence in failed.items()}
     seconds = {explanation.chosen if name == "auto" else name: t.median_s for name, t in timings.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
     return Regret(seconds[explanation.chosen] / seconds[fastest], fastest, seconds, left_out)

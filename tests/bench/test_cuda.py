@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import json
 import subprocess
+import weakref
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from plainconv import bench
-from plainconv.bench import calls, check, cuda, suites
+from plainconv.bench import calls, check, cuda, run, suites
 from plainconv.bench.cuda import Cuda, Graphs, Rotating
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.scratch import torchs_peak
@@ -44,8 +45,15 @@ class Pretended:
         pass
 
     def capture(self, fill):
+        """As a graph, it keeps nothing of what it was captured from."""
         self.captured += 1
-        return fill
+        kept = weakref.ref(fill)
+
+        def replay():
+            assert kept() is not None, "replayed on memory that was freed"
+            kept()()
+
+        return replay
 
     def elapsed(self, run):
         self.clocked += 1
@@ -188,11 +196,102 @@ def test_results_of_a_round_lie_apart():
     assert most[-1] >= 2
 
 
+def test_tensors_live_as_long_as_what_replays_them():
+    tensors = [torch.zeros(3), torch.zeros(3)]
+    seen = [weakref.ref(tensor) for tensor in tensors]
+    run, _ = Graphs(Pretended()).ready([lambda tensor=tensor: (tensor.add_(1),) for tensor in tensors])
+    del tensors
+    before = [each().sum().item() for each in seen]
+    run()
+    assert all(each().sum().item() > least for each, least in zip(seen, before, strict=True))
+    del run
+    assert [each() for each in seen] == [None, None]
+
+
 def test_a_clock_of_its_own():
     asked = []
     timing = in_turn({"a": "work"}, seconds=0, clock=lambda call: asked.append(call) or 2.0)["a"]
     assert timing.median_s == 2.0
     assert set(asked) == {"work"}
+
+
+# -- what cannot be measured -----------------------------------------------------------------------------------------
+
+
+def refusing(monkeypatch, refused):
+    """Graphs that capture all calls but those of which `refused` says so."""
+    real = Graphs.ready
+
+    def ready(clock, given):
+        if refused(given):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return real(clock, given)
+
+    monkeypatch.setattr(Graphs, "ready", ready)
+
+
+def test_a_format_that_cannot_be_captured_is_not_timed(monkeypatch):
+    seen = []
+    refusing(monkeypatch, lambda given: seen.append(0) or len(seen) == 2)
+    with pytest.warns(UserWarning, match="torch channels_last of plain is not timed: operation not permitted when"):
+        row = bench.measure(PLAIN, setting())
+    assert (set(row.torch), set(row.ours)) == ({"contiguous"}, {"contiguous", "channels_last"})
+    assert row.ratio > 0
+    assert row.ratio_in("channels_last") is None
+    assert PLAIN.name in bench.table([row])
+
+
+def test_an_algorithm_that_cannot_be_captured_is_left_out_of_the_regret(monkeypatch):
+    real, refused = calls.ours, set()
+
+    def ours(layer, direction, given, algorithm="auto"):
+        call = real(layer, direction, given, algorithm)
+        if algorithm != "auto":
+            refused.add(call)
+        return call
+
+    monkeypatch.setattr(calls, "ours", ours)
+    monkeypatch.setattr(run, "FAR", 1e9)
+    refusing(monkeypatch, lambda given: refused.intersection(given))
+    regret = bench.measure(PLAIN, setting(regret=True)).regret
+    assert len(regret.seconds) == 1
+    assert regret.left_out["reference"] == "operation not permitted when stream is capturing"
+
+
+def test_a_layer_that_cannot_be_measured_does_not_end_the_run(monkeypatch):
+    real, lost = calls.torchs, []
+
+    def torchs(layer, direction, given):
+        if layer is UP:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(layer, direction, given)
+
+    monkeypatch.setattr(calls, "torchs", torchs)
+    rows, _ = bench.measure_all([PLAIN, UP, ROW], setting(), lost=lambda layer, error: lost.append((layer, str(error))))
+    assert [row.layer for row in rows] == [PLAIN, ROW]
+    assert lost == [(UP, "out of memory")]
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.measure_all([UP], setting())
+
+
+def test_the_command_keeps_the_others(tmp_path, monkeypatch):
+    real = calls.torchs
+
+    def torchs(layer, direction, given):
+        if layer is UP:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(layer, direction, given)
+
+    for module in (suites, bench):
+        monkeypatch.setattr(module, "load", lambda: {"tiny": (PLAIN, UP)})
+    monkeypatch.setattr(calls, "torchs", torchs)
+    monkeypatch.setattr(cuda, "Gpu", lambda place: Pretended())
+    monkeypatch.setattr("plainconv.cli._device", torch.device)
+    words = ["bench", "--suite", "tiny", "--device", "cuda", "--exact", "--seconds", "0", "--no-picture"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path)], catch_exceptions=False)
+    assert (result.exit_code, "tiny up could not be measured: out of memory" in result.stderr) == (2, True)
+    (path,) = tmp_path.glob("*.json")
+    assert [row.layer.name for row in bench.rows_of(json.loads(path.read_text()))] == ["plain"]
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------
