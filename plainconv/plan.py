@@ -50,6 +50,7 @@ class Verdict:
     """What one algorithm says of a request: its cost, or the sentence why it cannot; and its time, if that is known.
 
     threads: 1 where waking others takes longer than the work.
+    by_name: whether it is taken only where it is named.
     """
 
     algorithm: Algorithm
@@ -57,11 +58,12 @@ class Verdict:
     why_not: str | None
     timing: Timing | None = None
     threads: int = 1
+    by_name: bool = False
 
     @property
     def may_be_chosen(self) -> bool:
         """Whether it is able, and need not be named."""
-        return self.cost is not None and not self.algorithm.by_name
+        return self.cost is not None and not self.by_name
 
     @property
     def seconds(self) -> float:
@@ -340,7 +342,8 @@ def _verdict(algorithm: Algorithm, request: Request, records: Mapping[str, Recor
         return Verdict(algorithm, None, sentence)
     record = records.get(algorithm.name)
     timing = record.timing if record and record.version == algorithm.version else None
-    return Verdict(algorithm, cost, None, timing, threads)
+    by_name = algorithm.by_name or (algorithm.on_host and request.device != "cpu")
+    return Verdict(algorithm, cost, None, timing, threads, by_name)
 
 
 def _warn_if_slow(verdict: Verdict) -> None:

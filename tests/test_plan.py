@@ -110,6 +110,23 @@ def test_matrix_products_of_integers_are_refused_on_cuda():
             plan(asked, name)
 
 
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu_loops_is_taken_only_where_it_is_named(dtype, direction):
+    """It waits for values, and computes on the CPU: no graph captures it."""
+    for products in (1, 2, 5, 10, 30, 100, 300):
+        asked = request(ConvProblem.parse(f"n1 c1 o1 x{products} k1"), direction, dtype, device="cuda")
+        told = plans.explain_request(asked)
+        assert "loops" not in {told.chosen, told.chosen_packed}
+        assert plans.explain_request(asked, "loops").chosen == "loops"
+        (loops,) = (verdict for verdict in plans.ask(dataclasses.replace(asked, device="cpu")) if is_loops(verdict))
+        assert loops.may_be_chosen
+
+
+def is_loops(verdict):
+    return verdict.algorithm.name == "loops"
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.float8_e4m3fn], ids=str)
 def test_a_type_that_plainconv_does_not_know_is_named_beside_those_it_knows(dtype):
     with pytest.raises(NotImplementedError, match=r"not implemented for torch\.\w+; it knows float64, float32"):
@@ -140,7 +157,7 @@ def test_an_algorithm_that_raises_is_a_bug_that_is_seen(monkeypatch, forget):
 def test_auto_never_fails_and_takes_the_least_estimate(problem, direction, dtype, device, max_workspace):
     asked = request(problem, direction, dtype, device=device, max_workspace=max_workspace)
     chosen = plan(asked)
-    able = [verdict for verdict in plans.ask(asked) if verdict.cost is not None]
+    able = [verdict for verdict in plans.ask(asked) if verdict.may_be_chosen]
     assert chosen.cost.seconds == min(verdict.cost.seconds for verdict in able)
     assert chosen.cost.workspace <= max_workspace
 

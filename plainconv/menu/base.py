@@ -72,6 +72,8 @@ class Algorithm:
     pack      optional: as bind, for a request that is `packed`: what is made of the weight alone is made now, or found
               in the memory given, where calls of other sizes may have left it (run and bind get no such request then)
     by_name   whether it is taken only where it is named: run looks at values, and raises AlgorithmRefused for some
+    on_host   whether it computes on the CPU, whatever device tensors are on: on others it is taken only where it is
+              named, for it waits for them, and no graph captures that
     """
 
     name: str
@@ -84,6 +86,7 @@ class Algorithm:
     bind: Callable[[Request, Tensors], Bound] | None = None
     pack: Callable[[Request, Tensors, Made], Bound] | None = None
     by_name: bool = False
+    on_host: bool = False
 
 
 def made_once(made: Made, key: Any, size: int, fill: Callable[[Tensor], None]) -> Tensor:

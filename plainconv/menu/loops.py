@@ -5,7 +5,8 @@
 
 All three directions are this one nest of loops; they differ only in which of the three tensors is written.  No tensor
 arithmetic takes part: tensors become lists, sums are Python numbers (floats of 64 bits, integers without bound), and
-the result is rounded, or wrapped, once.  Cost: about a million products a second.  For teaching, and for small inputs.
+the result is rounded, or wrapped, once.  Cost: about a million products a second.  For teaching, and for small inputs;
+on a GPU only where it is named.
 """
 
 from __future__ import annotations
@@ -112,4 +113,4 @@ def _error(request: Request) -> float:
     return 1.0 if compute_dtype(request.dtype).itemsize < 8 else sum_error(request)
 
 
-ALGORITHM = Algorithm("loops", _why_not, _cost, _error, _run)
+ALGORITHM = Algorithm("loops", _why_not, _cost, _error, _run, on_host=True)
