@@ -162,7 +162,7 @@ def _told(request: Request) -> dict[str, Any]:
         "problem": str(request.problem),
         "direction": request.direction.value,
         "dtype": str(request.dtype),
-        "device": _device(request.device),
+        "device": _device(request.device, _current(request.device)),
         "channels_last": request.channels_last,
         "has_bias": request.has_bias,
         "has_residual": request.has_residual,
@@ -181,11 +181,16 @@ def _name(request: Request) -> str:
     return hashlib.sha256(json.dumps(_told(request), sort_keys=True).encode()).hexdigest()
 
 
+def _current(device: str) -> int | None:
+    """Which GPU it is; None for the processor, and where there is none."""
+    return torch.cuda.current_device() if device != "cpu" and torch.cuda.is_available() else None
+
+
 @functools.cache
-def _device(device: str) -> str:
+def _device(device: str, index: int | None) -> str:
     """What does the work: the processor and its features, or the GPU and the Triton that compiles for it."""
     if device != "cpu":
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        name = "" if index is None else torch.cuda.get_device_name(index)
         compilers = [each.version for each in distributions(name="triton")]
         return " ".join([device, name, *compilers])
     features = torch.backends.cpu.get_cpu_capability() if cpu.why_not() else cpu.Target.host().features

@@ -326,7 +326,8 @@ def _ready(
     asked = request(make, first, second, bias, make.direction)
     if made is not None or activation is not None or residual is not None:
         asked = replace(asked, packed=made is not None, activation=activation, has_residual=residual is not None)
-    chosen = plan(asked, make.settings.algorithm)
+    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():  # where it may be measured
+        chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
     shape, strides, dtype, device = tuple(empty.shape), empty.stride(), first.dtype, first.device
     how = (shape, strides)
@@ -392,7 +393,8 @@ def _empty(like: Tensor, make: Make) -> Tensor:
 
 def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, direction: Direction) -> Request:
     """The request that a call sends to the planner, or the one of its gradients if `direction` is not make's own."""
-    problem, threads = _problem(make, first.shape, second.shape), torch.get_num_threads()
+    problem = _problem(make, first.shape, second.shape)
+    threads = 1 if first.is_cuda else torch.get_num_threads()
     own = direction is make.direction
     beside = direction is Direction.GRAD_WEIGHT and make.direction is Direction.FORWARD  # the gradient of the bias, too
     like = {make.direction.given[0]: first, make.direction.given[1]: second}.get(direction.makes, first)

@@ -1,6 +1,7 @@
 """Measurements: who is measured, what is kept and how it is used, and the records on disk under attack."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -507,11 +508,18 @@ def test_records_of_a_gpu_hold_for_its_name_and_for_the_compiler(monkeypatch):
         version = "3.6"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one")
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["one", "two"].__getitem__)
     monkeypatch.setattr(measure, "distributions", lambda name: [Triton])
     told = measure._device.__wrapped__
-    first = told("cuda")
+    first = told("cuda", 0)
     assert "one" in first
     Triton.version = "3.7"
-    assert told("cuda") != first
-    assert told("cpu") == measure._device("cpu")
+    assert told("cuda", 0) != first
+    assert told("cpu", None) == measure._device("cpu", None)
+    asked = request(ConvProblem.parse("n1 c1 o1 x3 k3"), Direction.FORWARD, torch.float32, device="cuda")
+    monkeypatch.setattr(measure, "_device", functools.cache(told))
+    names = []
+    for index in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        names.append(measure._name(asked))
+    assert names[0] == names[2] != names[1], "the GPU that is the current one"

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,35 @@ def ways():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "watching", watched)
         yield answers
+
+
+def test_what_is_measured_on_a_gpu_is_measured_on_that_of_the_call(monkeypatch):
+    """And a request of a GPU does not depend on the CPU's threads."""
+    held, asked = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        held.append(tensor.device)
+        yield
+        held.pop()
+
+    def plan(request, name):
+        asked.append((request.device, request.threads, *held))
+        raise LookupError
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(ops, "plan", plan)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    make = ops.Make(Direction.FORWARD, (1, 3, 6), ConvProblem.parse("n1 c2 o3 x8 k3").geometry)
+    for name, cuda in (("cuda:1", True), ("cpu", False)):
+        first, second = (
+            SimpleNamespace(shape=shape, dtype=torch.float64, device=torch.device(name), is_cuda=cuda)
+            for shape in ((1, 2, 8), (3, 2, 3))
+        )
+        with pytest.raises(LookupError):
+            ops.ready(first, second, None, make)
+        held.clear()
+    assert asked == [("cuda", 1, torch.device("cuda:1")), ("cpu", 7)]
 
 
 @contextlib.contextmanager
