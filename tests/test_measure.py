@@ -242,7 +242,7 @@ def test_a_record_is_of_one_version(folder, monkeypatch):
             patch.setattr(where, what, "0")
             assert measure.known(SMALL) == {}
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_device", lambda device: "another processor")
+        patch.setattr(measure, "_device", lambda *_: "another processor")
         assert measure.known(SMALL) == {}
     assert measure.known(SMALL)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from plainconv.problem import ConvProblem, Direction, Request
 
 OLDEST = (3, 6)
+LEAST = (8, 0)  # compute capability: what the kernels are compiled for in the tests
 VECTOR = 16  # bytes that a thread moves at once, at most
 REGISTERS = 255  # of a thread, at most; left to choose, the assembler may spill, so that more threads run at once
 BUSY = 512  # programs that keep a GPU busy
@@ -38,9 +39,21 @@ class Blocks(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": REGISTERS}
 
 
-@lru_cache(1)
 def why_not() -> str | None:
-    """The sentence, if there is no Triton to compile kernels with; nothing is imported."""
+    """The sentence, if there is no Triton to compile kernels with, or if the GPU is too old; nothing is imported."""
+    return _no_triton() or _too_old()
+
+
+def _too_old() -> str | None:
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else LEAST
+    if found >= LEAST:
+        return None
+    needed, has = (".".join(map(str, pair)) for pair in (LEAST, found))
+    return f"its kernels need a GPU of compute capability {needed} or newer, and the current one has {has}"
+
+
+@lru_cache(1)
+def _no_triton() -> str | None:
     told = f"its kernels are compiled by Triton {'.'.join(map(str, OLDEST))} or newer"
     try:
         version = metadata.version("triton")

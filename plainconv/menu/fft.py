@@ -299,7 +299,7 @@ def _cost_in_tensors(request: Request) -> Cost:
             + product_seconds(request, products, problem.group_out, problem.group_in) * 2
             + moved / machine(request).bytes
         )
-        if request.direction is Direction.FORWARD and request.dtype is torch.float32:
+        if request.device == "cpu" and request.direction is Direction.FORWARD and request.dtype is torch.float32:
             seconds *= MEASURED
     return Cost(int(transforms + products), moved, workspace_bytes(tiles.buffers), seconds + 1e-4)
 

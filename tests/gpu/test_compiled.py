@@ -18,14 +18,16 @@ KINDS = (
     (Direction.GRAD_WEIGHT, True),
     (Direction.GRAD_WEIGHT, False),
 )
+# Which are read and written in other ways.
+OTHERS = ((Direction.FORWARD, False), (Direction.GRAD_INPUT, True))
 # One of each kind is quick; the rest is for `make check`.
 QUICK = {("bfloat16", 90), ("float32 as TF32", 80)}
 
 
-def launched(text, direction, dtype, last, tf32=False):
+def launched(text, direction, dtype, last, tf32=False, **more):
     """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few."""
     weighs = direction is Direction.GRAD_WEIGHT
-    request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32)
+    request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32, **more)
     lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
     x, w, y = (
         torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in "xwy"
@@ -35,9 +37,10 @@ def launched(text, direction, dtype, last, tf32=False):
         cut, fill = (rows.taps_of, rows.taps) if few else (matrices.split_of, matrices.weights)
         return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    tensors = read, w, w, made if request.has_residual else None, made
     if few:
-        return rows.rolling(request, read, w, made.stride()), (read, w, w, None, made)
-    return matrices.implicit(request, read, made.stride()), (read, w, w, None, made)
+        return rows.rolling(request, read, w, made.stride()), tensors
+    return matrices.implicit(request, read, made.stride()), tensors
 
 
 @pytest.mark.parametrize("row", matrices.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
@@ -50,14 +53,42 @@ def launched(text, direction, dtype, last, tf32=False):
     ],
 )
 def test_every_row_fits_and_uses_the_matrix_units(row, name, capability):
+    check_rows(row, name, capability, KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", matrices.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("name", TYPES)
+def test_every_row_fits_in_the_other_formats(row, name, capability):
+    check_rows(row, name, capability, OTHERS)
+
+
+def check_rows(row, name, capability, kinds):
     dtype, tf32 = TYPES[name]
-    for direction, last in KINDS:
+    for direction, last in kinds:
         told = compiled(*launched(typical(row.outputs, direction), direction, dtype, last, tf32), capability)
         assert told.shared <= SHARED[capability]
         assert told.spilled == 0
         assert any(unit in told.ptx for unit in MATRIX_UNITS.values()) == (name != "float32")
         if dtype.itemsize == 2 and row.outputs >= 64:
             assert MATRIX_UNITS[capability] in told.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    "text", ["n2 c64 o128 x9x14x15 k3x3x3 s2 p1 mreflect", "n2 c64 o64 x9x14x15 k3x3x3 p1 mreflect g64"]
+)
+def test_the_worst_case_fits(text, name, capability):
+    """All dimensions, a border that is computed, and all that is fused."""
+    dtype, tf32 = TYPES[name]
+    for last in (False, True):
+        more = {"tf32": tf32, "has_residual": True, "activation": "gelu"}
+        told = compiled(*launched(text, Direction.FORWARD, dtype, last, **more), capability)
+        assert told.shared <= SHARED[capability]
+        assert told.spilled == 0
 
 
 def test_neighbouring_channels_are_moved_at_once():
@@ -74,7 +105,19 @@ LAYERS = (
     "n8 c64 o2 x64x64 k5x5 p2",
     "n8 c64 o64 x28x28 k3x3 p1 g16",
     "n8 c64 o64 x1000 k4 p3 g64",
+    "n8 c16 o16 x28x28 k3x3 p1 g16",
 )
+
+
+def test_the_layers_meet_every_row_of_the_tables():
+    met = {
+        (last, launched(text, direction, torch.float32, last)[0].constants["OUTPUTS"])
+        for text in LAYERS
+        for direction in Direction
+        for last in (False, True)[: ConvProblem.parse(text).dims]
+    }
+    tables = ((False, rows.APART), (True, rows.BESIDE))
+    assert met == {(last, row.outputs) for last, table in tables for row in table}
 
 
 @pytest.mark.parametrize("text", LAYERS)

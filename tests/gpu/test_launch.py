@@ -6,8 +6,13 @@ import math
 import pytest
 import torch
 from checks import BY_NAME
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from plainconv.gpu import launch, rows
+from plainconv.menu import fft
+from plainconv.menu.base import Tensors
+from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Request
 
 
@@ -27,6 +32,67 @@ def test_tensors_without_elements_have_a_cost(text, last, direction, monkeypatch
         request = asked(text, direction, channels_last=last)
         if BY_NAME[name].why_not(request) is None:
             assert BY_NAME[name].cost(request).seconds > 0
+
+
+def test_gpus_that_are_too_old_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "_no_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, able in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        sentence = BY_NAME["direct"].why_not(asked("n1 c64 o64 x8x8 k3x3"))
+        assert sentence is None if able else "8.0 or newer, and the current one has 7.5" in sentence
+
+
+class Watched(TorchDispatchMode):
+    """Notes operations that wait for values, or whose results lie elsewhere."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.names, self.bad = device, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        elsewhere = any(isinstance(t, torch.Tensor) and t.device.type != self.device for t in tree_leaves(made))
+        if elsewhere or any(word in func.name() for word in ("_local_scalar_dense", "nonzero")):
+            self.bad.append(func.name())
+        return made
+
+
+OPERATIONS = (
+    "n2 c4 o6 x9x8 k3x3 s2x1 p1 d1x2 g2",
+    "n2 c4 o6 x9x8 k3x3 p1 mreflect",
+    "n2 c3 o4 x17 k5 s2 p2",
+    "n2 c2 o3 x5x4x6 k3x2x3 p1",
+)
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("name", ["shift", "im2col", "fft", "reference"])
+@pytest.mark.parametrize("text", OPERATIONS)
+def test_operations_stay_on_the_device_and_wait_for_no_value(text, name, direction):
+    """As a graph has to capture them.  On tensors without values, which torch refuses to mix with those of the CPU."""
+    request = dataclasses.replace(asked(text, direction), has_bias=True)
+    problem = request.problem
+    first, second = (torch.empty(problem.shape_of(role), device="meta") for role in direction.given)
+    bias = torch.empty(request.bias_shape, device="meta")
+    out = torch.empty(problem.shape_of(direction.makes), device="meta")
+    tensors = Tensors(first, second, bias)
+    call = plan(request, name).bind(tensors)
+    call(tensors, out)
+    with Watched("meta") as seen:
+        call(tensors, out)
+    assert seen.names
+    assert seen.bad == []
+
+
+def test_what_was_measured_on_a_cpu_is_not_in_the_estimates(monkeypatch):
+    request = asked("n8 c64 o64 x64x64 k5x5")
+    before = [fft._cost_in_tensors(each).seconds for each in (request, dataclasses.replace(request, device="cpu"))]
+    monkeypatch.setattr(fft, "MEASURED", 2 * fft.MEASURED)
+    after = [fft._cost_in_tensors(each).seconds for each in (request, dataclasses.replace(request, device="cpu"))]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
 
 
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
