@@ -19,6 +19,7 @@ import contextlib
 import copy
 import io
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -71,6 +72,7 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> its name,
 _NORM = _aten._native_batch_norm_legit_no_training.default
 _STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as_real.default)  # they ask how it lies
 _Shapes = tuple[tuple[int, ...], ...]
+_one_is_quiet = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class Optimized(nn.Module):
 
     def _notes_without_guards(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What the first convolution says that these cannot come to, and its name; nothing, if there is none."""
-        assert isinstance(self.model, GraphModule)
+        if not isinstance(self.model, GraphModule):
+            return []
         unguarded = _Unguarded(self.model)
         unguarded.extra_traceback = False  # it would be written into the error
         try:
@@ -305,13 +308,14 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shapes:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export tells in the log and on stderr, on many pages, what it then says in its error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    with _one_is_quiet:  # both are the whole process's: two would put each other's back
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            logging.disable(before)
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, any_size: bool = True) -> GraphModule:
@@ -655,9 +659,12 @@ def _each_by_itself(
     """The model as it is, with its convolution layers prepacked for what they are given first."""
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, _ConvNd)}
     inputs: dict[nn.Module, Tensor] = {}
+    sized: set[nn.Module] = set()
 
     def see(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.setdefault(layer, given[0] if given else named["input"])
+        if any(size is not None for size in (*given[1:], named.get("output_size"))):
+            sized.add(layer)
 
     hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
     _tried(model, args, kwargs)
@@ -669,6 +676,9 @@ def _each_by_itself(
     for layer, name in layers.items():
         if layer not in inputs:
             kept[name] = "the example did not reach it"
+            continue
+        if layer in sized:
+            kept[name] = "it is called with an output_size"
             continue
         try:
             packed[layer] = prepack(

@@ -98,16 +98,19 @@ def _beyond_jit(layer: _Layer, does: str) -> RuntimeError:
 
 
 def _called(layer: _Layer, *arguments: Any) -> Tensor:
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        raise _beyond_jit(layer, "trace")
-    return type(layer).function(
-        *arguments,
-        padding_mode=layer.padding_mode,
-        algorithm=layer.algorithm,
-        max_workspace=layer.max_workspace,
-        allow_builtin=layer.allow_builtin,
-        precision=layer.precision,
-    )
+    try:
+        return type(layer).function(
+            *arguments,
+            padding_mode=layer.padding_mode,
+            algorithm=layer.algorithm,
+            max_workspace=layer.max_workspace,
+            allow_builtin=layer.allow_builtin,
+            precision=layer.precision,
+        )
+    except RuntimeError as error:
+        if str(error).startswith("Cannot insert a Tensor that requires grad as a constant"):  # frozen ones it may
+            raise _beyond_jit(layer, "trace") from None
+        raise
 
 
 def _check(algorithm: str, max_workspace: int | None, allow_builtin: bool | None, precision: str | None) -> None:

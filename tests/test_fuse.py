@@ -1,7 +1,11 @@
 """optimize: what is fused into a convolution, what is left alone, and results beside the model's own."""
 
 import copy
+import logging
 import pickle
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -389,6 +393,34 @@ def test_a_model_without_a_graph_is_prepacked_layer_by_layer(capfd):
     copied = copy.deepcopy(fast)
     assert copied.model.c.forward.__self__ is copied.model.c.prepacked is not fast.model.c.prepacked
     same(model, copied, x)
+
+
+def test_without_a_graph_a_layer_that_is_told_its_size_stays():
+    def branching(self, x):
+        return self.up(self.c(x), [12, 12]) if x.sum().item() < 1e9 else x
+
+    up = nn.ConvTranspose2d(3, 2, 3, stride=2)
+    model = settle(Plain(branching, c=nn.Conv2d(2, 3, 3, padding=1, stride=2), up=up))
+    x = torch.randn(2, 2, 10, 10)
+    fast = plainconv.optimize(model, x)
+    assert fast.report.kept == {"up": "it is called with an output_size"}
+    same(model, fast, x)
+
+
+def test_what_is_said_of_export_is_kept_from_stderr_by_one_thread_at_a_time():
+    before = sys.stderr, logging.root.manager.disable
+
+    def quiet():
+        for _ in range(20):
+            with fuse._quiet():
+                time.sleep(1e-4)
+
+    threads = [threading.Thread(target=quiet) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stderr, logging.root.manager.disable) == before
 
 
 def test_what_does_not_fit_names_the_layer():

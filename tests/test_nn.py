@@ -488,5 +488,6 @@ def test_torch_jit_is_told_what_to_give_it_instead(name):
             torch.jit.script(layer)
         with pytest.raises(RuntimeError, match=f"torch.jit cannot trace {told}"):
             torch.jit.trace(layer, x)
+    assert_close(torch.jit.trace(mine.requires_grad_(False), x)(x), mine(x))  # no gradients: a function like any other
     torchs.load_state_dict(mine.state_dict())
     assert_close(torch.jit.trace(torchs, x)(x), mine(x))

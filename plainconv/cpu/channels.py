@@ -233,7 +233,7 @@ class Channels:
                 self.room = e.at(of["packed"], of["room"] + number * of["room_share"], "i8")
             begin, end = number * total // of["shares"], (number + 1) * total // of["shares"]
             first = begin // each
-            spanned = (end - 1) // each - first + 1
+            spanned = (end + (each - 1)) // each - first
             e.loop(e.least(spanned, end - begin), [], lambda i, _: group(first + i, begin, end, packed))
             return []
 

@@ -130,7 +130,7 @@ def _transform(extent: int, outputs: int, stride: int, limit: int, even: int) ->
         kept = (length - extent) // stride + 1
         return -(-outputs // kept) * length * math.log2(length + 1), length
 
-    return min(candidates or {whole}, key=work)
+    return min(candidates or {min(whole, fast(extent + stride - 1))}, key=work)
 
 
 @lru_cache(1024)

@@ -68,3 +68,10 @@ def test_single_channels_of_long_rows_and_kernels(direction, threads):
     for length, k, channels in [(1000, 31, 4), (16384, 31, 64), (65536, 31, 4), (4096, 128, 4)]:
         assert chosen(length, k, channels) != "fft"
     assert chosen(16384, 16000, 64) == "fft", "a kernel as long as the row"
+
+
+def test_a_long_row_takes_little_memory_if_it_has_to():
+    """A tile of few taps and a long stride is as short as may be, and not the whole row, when rounded up."""
+    x, w = torch.randn(1, 1, 160_000), torch.randn(1, 1, 2)
+    y = plainconv.conv1d(x, w, stride=16, algorithm="fft", max_workspace=1000)
+    torch.testing.assert_close(y, torch.nn.functional.conv1d(x, w, stride=16))
