@@ -14,17 +14,23 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 from plainconv import reference
+from plainconv.cpu import compile as cpu
 from plainconv.menu import ALGORITHMS, fft
 from plainconv.menu.base import INTEGERS, Algorithm, Tensors, compute_dtype, finish, summation_error
 from plainconv.problem import PADDING_MODES, ConvProblem, Direction, Request
 
 DIRECTIONS = tuple(Direction)
+BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
+every_width = pytest.mark.parametrize(  # of a vector, by `as_if`; the widest is quick
+    "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
+)
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 ROUNDING = frozenset({"fft", "winograd"})
 INEXACT = ROUNDING | {"separable"}  # every other algorithm is exact on small integers

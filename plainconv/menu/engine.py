@@ -17,7 +17,7 @@ from torch import Tensor
 from plainconv.border import runs
 from plainconv.cpu import compile as cpu
 from plainconv.menu.base import Tensors, compute_dtype, sum_for_bias
-from plainconv.problem import ConvProblem, Pair, Request
+from plainconv.problem import ConvProblem, Direction, Pair, Request
 
 STORED = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "half"}
 LAUNCHES_S = 8e-6  # from Python to two kernels and back
@@ -109,6 +109,17 @@ def why_not(request: Request) -> str | None:
     if request.device != "cpu":
         return "its kernels are machine code of the CPU, and the tensors are on another device"
     return unlike(request) or too_far(request.problem) or cpu.why_not()
+
+
+def why_not_transformed(request: Request) -> str | None:
+    """The sentence for what neither of its Fourier transforms does, fourier.py and spectral.py."""
+    if request.direction is Direction.GRAD_WEIGHT:
+        return "it makes outputs and gradients for the input, and not those for the weight"
+    if request.direction is Direction.GRAD_INPUT and request.problem.padding_mode != "zeros":
+        return "the gradient for the input knows no border but zeros"
+    if request.dtype not in (torch.float32, torch.float64):
+        return "it computes in float32 and float64"
+    return why_not(request)
 
 
 def unlike(request: Request) -> str | None:

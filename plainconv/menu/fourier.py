@@ -15,15 +15,13 @@ import itertools
 import math
 from functools import lru_cache
 
-import torch
-
 from plainconv.cpu import fourier
 from plainconv.menu import engine, winograd
 from plainconv.menu.axes import work
 from plainconv.menu.base import Bound, Cost, Made, Tensors, summation_error
 from plainconv.menu.engine import Side, folded
 from plainconv.menu.winograd import Form, Way, cut_by, sides_of
-from plainconv.problem import Direction, Request
+from plainconv.problem import Request
 
 SQUARE = (8, 16)  # lengths, where the kernel moves along rows and width
 LINE = (8, 16, 32, 64)  # and where along one of them
@@ -41,13 +39,7 @@ NEAR_BYTES = 3 << 20
 def why_not(request: Request) -> str | None:
     """The sentence for what these kernels do not serve."""
     problem = request.problem
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "it makes outputs and gradients for the input, and not those for the weight"
-    if request.direction is Direction.GRAD_INPUT and problem.padding_mode != "zeros":
-        return "the gradient for the input knows no border but zeros"
-    if request.dtype not in (torch.float32, torch.float64):
-        return "it computes in float32 and float64"
-    if sentence := engine.why_not(request):
+    if sentence := engine.why_not_transformed(request):
         return sentence
     if any(side.stride > 1 for side in folded(problem, False)) or set(problem.dilation) != {1}:
         return "it is for stride 1 and no dilation"

@@ -56,16 +56,10 @@ MOST_LENGTHS = 2  # that are tried for a line longer than any tile
 def why_not(request: Request) -> str | None:
     """The sentence for what this kernel does not serve."""
     problem = request.problem
-    if request.direction is Direction.GRAD_WEIGHT:
-        return "it makes outputs and gradients for the input, and not those for the weight"
+    if sentence := engine.why_not_transformed(request):
+        return sentence
     if not request.channels_last or problem.dims != 2 or (problem.group_in, problem.group_out) != (1, 1):
         return "it is for pictures in channels_last whose channels do not meet"
-    if request.direction is Direction.GRAD_INPUT and problem.padding_mode != "zeros":
-        return "the gradient for the input knows no border but zeros"
-    if request.dtype not in (torch.float32, torch.float64):
-        return "it computes in float32 and float64"
-    if sentence := engine.why_not(request):
-        return sentence
     if any((side.kernel - 1) * side.dilation + 1 >= max(LENGTHS) for side in engine.folded(problem, False)):
         return f"it is for kernels that span fewer than {max(LENGTHS)} places"
     return None
@@ -144,8 +138,7 @@ def lines(request: Request) -> tuple[Line, Line]:
 def lengths(request: Request) -> tuple[int, int]:
     """F_h and F_w of least estimated time."""
     rows, width = lines(request)
-    pairs = itertools.product(_able(rows), _able(width))
-    return min(((high, wide) for high, wide in pairs), key=lambda pair: (_cycles(request, pair), pair))
+    return min(itertools.product(_able(rows), _able(width)), key=lambda pair: (_cycles(request, pair), pair))
 
 
 def _able(line: Line) -> list[int]:

@@ -12,6 +12,7 @@ from checks import (
     channels_last,
     check,
     compare,
+    every_width,
     exact,
     given,
     reals,
@@ -34,10 +35,6 @@ from plainconv.problem import PADDING_MODES, ConvProblem, Direction
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
-BITS = [bits for bits in (512, 256, 128) if cpu.why_not() is None and bits <= cpu.Target.host().bits]
-every_width = pytest.mark.parametrize(
-    "bits", [pytest.param(bits, marks=[pytest.mark.slow] if i else []) for i, bits in enumerate(BITS)]
-)
 both_directions = pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
 
 WAYS = {
