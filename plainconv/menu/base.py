@@ -7,7 +7,8 @@ that does it.  The caller allocates the result and one block of scratch memory, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,6 +98,14 @@ def made_once(made: Made, key: Any, size: int, fill: Callable[[Tensor], None]) -
         fill(kept)
         made[key] = kept  # once it is whole: other threads may look for it
     return kept
+
+
+@contextmanager
+def kept_apart(made: Made, mark: Hashable) -> Iterator[Made]:
+    """What was made of a part of the weight, or of another order of it (the mark says which), to be added to."""
+    own = {key[1]: kept for key, kept in tuple(made.items()) if key[0] == mark}
+    yield own
+    made.update({(mark, key): kept for key, kept in own.items()})
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,6 +223,15 @@ def carve(workspace: Tensor, buffers: Sequence[Buffer]) -> list[Tensor]:
         views.append(workspace[begin : begin + exact].view(buffer.dtype).view(buffer.shape))
         begin += buffer.bytes
     return views
+
+
+def laid(flat: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """The beginning of a buffer as a tensor of this shape and memory format."""
+    flat = flat[: math.prod(shape)]
+    if not channels_last:
+        return flat.view(shape)
+    batch, channels, *inner = shape
+    return flat.view(batch, *inner, channels).movedim(-1, 1)
 
 
 # -- estimates -------------------------------------------------------------------------------------------------------

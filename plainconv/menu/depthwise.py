@@ -22,6 +22,7 @@ from plainconv.cpu.compile import Target
 from plainconv.menu import channels, implicit, lanes, pixels, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
+from plainconv.menu.trim import trimming
 from plainconv.problem import Direction, Request
 
 
@@ -61,4 +62,6 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return channels.bind(request, tensors) if request.channels_last else lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = folding(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind))
+ALGORITHM = folding(
+    trimming(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind))
+)

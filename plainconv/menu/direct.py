@@ -12,22 +12,25 @@ Cost: n * o * c/g * taps * out multiplies, places (or output channels) rounded u
 
 from __future__ import annotations
 
+import dataclasses
+
 from plainconv.menu import products
 from plainconv.menu.base import Algorithm, matrix_error
 from plainconv.menu.fold import folding
+from plainconv.menu.trim import trimming
 from plainconv.problem import Request
 
 
 def _why_not(request: Request) -> str | None:
     if request.problem.taps == 1:
         return "with a kernel of one tap it is what pointwise is"
-    return products.why_not(request)
+    return _DENSE.why_not(request)
 
 
-ALGORITHM = folding(
+_DENSE = trimming(
     Algorithm(
         "direct",
-        _why_not,
+        products.why_not,
         products.cost,
         matrix_error,
         products.run,
@@ -37,3 +40,4 @@ ALGORITHM = folding(
         pack=products.pack,
     )
 )
+ALGORITHM = folding(dataclasses.replace(_DENSE, why_not=_why_not))

@@ -39,6 +39,7 @@ from plainconv.menu.base import (
     compute_dtype,
     finish,
     finish_seconds,
+    laid,
     machine,
     workspace_bytes,
 )
@@ -295,15 +296,6 @@ def _cost(request: Request, way: Way, inner: Sequence[Cost], stays: bool) -> Cos
 # -- the call --------------------------------------------------------------------------------------------------------
 
 
-def _laid(flat: Tensor, shape: tuple[int, ...], like: Request) -> Tensor:
-    """The beginning of a buffer, as a tensor whose memory has the format of the request's tensors."""
-    flat = flat[: math.prod(shape)]
-    if not like.channels_last:
-        return flat.view(shape)
-    batch, channels, *inner = shape
-    return flat.view(batch, *inner, channels).movedim(-1, 1)
-
-
 def _bind(
     request: Request,
     way: Way,
@@ -320,7 +312,7 @@ def _bind(
         if not widens:
             return Tensors(tensors.first[slab.reached], w)
         shape = slab.request.problem.output_shape
-        y = _laid(torch.empty(math.prod(shape), dtype=kept, device="meta"), shape, request)
+        y = laid(torch.empty(math.prod(shape), dtype=kept, device="meta"), shape, request.channels_last)
         w = torch.empty(problem.weight_shape, dtype=kept, device="meta") if stays is None else w
         return Tensors(y, w)
 
@@ -340,12 +332,12 @@ def _bind(
             w = wide[2].view(problem.weight_shape).copy_(w)
         w = w if stays is None else stays
         for frame, slabs in frames:
-            sums = _laid(wide[0], frame.shape, request).zero_() if widens else out
+            sums = laid(wide[0], frame.shape, request.channels_last).zero_() if widens else out
             for slab, call in slabs:
                 y = first[slab.reached]
                 if widens:
-                    y = _laid(wide[1], slab.request.problem.output_shape, request).copy_(y)
-                strip = _laid(room, slab.request.problem.input_shape, request)
+                    y = laid(wide[1], slab.request.problem.output_shape, request.channels_last).copy_(y)
+                strip = laid(room, slab.request.problem.input_shape, request.channels_last)
                 call(Tensors(y, w), strip, workspace[used:])
                 scatter_add(strip, slab.shows, sums)
             if bias is not None:

@@ -23,6 +23,7 @@ from plainconv.cpu.compile import Target
 from plainconv.menu import channels, implicit, lanes, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
+from plainconv.menu.trim import trimming
 from plainconv.problem import Direction, Request
 
 MOST_OUTPUTS = 6  # of a tile
@@ -65,4 +66,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = folding(Algorithm("narrow", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind))
+ALGORITHM = folding(trimming(Algorithm("narrow", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plainconv.menu import dense, engine, implicit, split, weights
 from plainconv.menu.axes import work
-from plainconv.menu.base import Bound, Buffer, Cost, Made, Tensors, carve, workspace_bytes
+from plainconv.menu.base import Bound, Buffer, Cost, Made, Tensors, carve, kept_apart, workspace_bytes
 from plainconv.menu.engine import step_of
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -62,10 +62,8 @@ def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
     if request.device == "cuda":
         return implicit.bind(request, tensors, made)
     if (product := _product(request)) and (order := _order(request, tensors)):
-        own = {key[1]: kept for key, kept in tuple(made.items()) if key[0] is order}
-        bound = _bind_product(request, product, order, tensors, partial(pack, made=own))
-        made.update({(order, key): kept for key, kept in own.items()})
-        return bound
+        with kept_apart(made, order) as own:
+            return _bind_product(request, product, order, tensors, partial(pack, made=own))
     return dense.bind(request, tensors, made)
 
 

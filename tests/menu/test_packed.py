@@ -83,6 +83,18 @@ def test_calls_of_other_sizes_share_what_was_made(name):
     assert made == made_before
 
 
+def test_calls_that_see_other_taps_do_not():
+    """3x3 taps of 5x5 on both pictures, and those of the first are others than those of the second."""
+    algorithm, made = BY_NAME["direct"], {}
+    for text in ("n1 c8 o8 x2x2 k5x5 p4:0", "n1 c8 o8 x2x2 k5x5 p0:4", "n1 c8 o8 x2x2 k5x5 p4:0"):
+        asked = request(ConvProblem.parse(text), Direction.FORWARD, torch.float32, packed=True, channels_last=True)
+        shared = dataclasses.replace(
+            algorithm, run=lambda asked, tensors, *rooms: algorithm.pack(asked, tensors, made)(tensors, *rooms)
+        )
+        check(shared, asked, integers)
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=lambda d: d.value)
 @pytest.mark.parametrize("name", ["direct", "pointwise", "winograd", "fft"])
