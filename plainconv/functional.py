@@ -16,7 +16,8 @@ allow_builtin  whether torch's own convolution may be chosen; None: what plainco
 precision      "high", or "highest": then nothing serves whose error may exceed that of a sum of the products as they
                are (which leaves the smallest tiles of `winograd`, and hardly any `fft`); None: what
                plainconv.set_precision says, at first "high".
-activation     None, "relu", "relu6", "leaky_relu" (slope 0.01), "hardswish", "sigmoid", "silu" or "gelu" (with erf).
+activation     None, "relu", "relu6", "leaky_relu" (slope 0.01), "leaky_relu(0.2)" (or any finite slope), "hardswish",
+               "sigmoid", "silu" or "gelu" (with erf).
 residual       a tensor of the result's shape, type and device.  What is made is
                activation(convolution + bias + residual),  both where the kernel stores its sums; if a gradient is asked
                for, or anything else watches (torch.compile, vmap, ...), by torch's own addition and activation behind
@@ -40,7 +41,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from plainconv import onnx, ops, settings
 from plainconv.arguments import Spec, Spelled, settle
 from plainconv.plan import Explanation, check_algorithm, explain_request
-from plainconv.problem import Direction, Geometry, check_activation
+from plainconv.problem import Direction, Geometry, read_activation, settled_activation
 from plainconv.remember import on_forget
 from plainconv.settings import AUTO, resolve
 
@@ -284,7 +285,7 @@ def explain(
     Computes nothing.  Raises what the call itself would raise, but for AlgorithmRefused.
     """
     _check_kinds("explain", input, weight, bias, residual)
-    check_activation(activation, input.dtype)
+    activation = settled_activation(activation, input.dtype)
     if weight.dim() not in (3, 4, 5):
         raise RuntimeError(f"expected weight to have 3, 4 or 5 dimensions, but got size {list(weight.shape)}")
     if output_padding != 0 and not transposed:
@@ -426,7 +427,7 @@ def unbatched(run: _Run) -> _Run:
 
 # -- what comes behind -----------------------------------------------------------------------------------------------
 
-_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATION: dict[str, Callable[..., Tensor]] = {  # of a result and the numbers of the activation
     "relu": F.relu,
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
@@ -441,7 +442,10 @@ def finished(result: Tensor, activation: str | None, residual: Tensor | None) ->
     """activation(result + residual), by torch."""
     if residual is not None:
         result = result + residual
-    return result if activation is None else _ACTIVATION[activation](result)
+    if activation is None:
+        return result
+    name, numbers = read_activation(activation)
+    return _ACTIVATION[name](result, *numbers)
 
 
 def _finished(
@@ -470,7 +474,7 @@ def _finished(
                 way = recorded if torch.is_grad_enabled() else run
                 return way(input, weight, bias, residual)
     _check_kinds(function.__name__, input, weight, bias, residual)
-    check_activation(activation, input.dtype)
+    activation = settled_activation(activation, input.dtype)
 
     def apart(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         result = _call(function, dims, input, weight, bias, options)

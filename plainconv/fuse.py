@@ -41,7 +41,7 @@ from plainconv.inference import Prepacked, prepack
 from plainconv.menu.base import AlgorithmRefused
 from plainconv.ops import OPERATORS, is_channels_last
 from plainconv.plan import check_algorithm
-from plainconv.problem import FORMATS, PADDING_MODES, Direction
+from plainconv.problem import FORMATS, PADDING_MODES, Direction, settled_activation
 from plainconv.replace import check_model, unswap
 from plainconv.settings import AUTO
 
@@ -59,11 +59,11 @@ _CONVOLUTIONS: dict[Any, bool] = {  # function -> whether it is transposed
     OPERATORS[Direction.FORWARD]: False,  # of plainconv's own functions and layers
 }
 _OUR_TRANSPOSED = OPERATORS[Direction.GRAD_INPUT]
-_ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> its name, and what its arguments have to be
+_ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> as activation=, and what its arguments have to be
     _aten.relu.default: ("relu", {}),
     _aten.relu6.default: ("relu6", {}),
     _aten.hardtanh.default: ("relu6", {"min_val": 0, "max_val": 6}),
-    _aten.leaky_relu.default: ("leaky_relu", {"negative_slope": 0.01}),
+    _aten.leaky_relu.default: ("leaky_relu({negative_slope})", {}),
     _aten.hardswish.default: ("hardswish", {}),
     _aten.sigmoid.default: ("sigmoid", {}),
     _aten.silu.default: ("silu", {}),
@@ -645,9 +645,14 @@ def _activation_of(node: Node) -> str | None:
     value = node.meta.get("val")
     if node.target not in _ACTIVATIONS or not isinstance(value, Tensor) or not value.is_floating_point():
         return None
-    name, asked = _ACTIVATIONS[node.target]
+    text, asked = _ACTIVATIONS[node.target]
     given = _called(node)
-    return name if all(given[argument] == value for argument, value in asked.items()) else None
+    if any(given[argument] != wanted for argument, wanted in asked.items()):
+        return None
+    try:
+        return settled_activation(text.format(**given), value.dtype)
+    except ValueError:  # a slope that is computed, or not finite
+        return None
 
 
 # -- without a graph -------------------------------------------------------------------------------------------------

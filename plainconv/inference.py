@@ -27,7 +27,7 @@ from plainconv.functional import Options
 from plainconv.menu import separable
 from plainconv.menu.base import Made
 from plainconv.plan import ask, check_algorithm, plan
-from plainconv.problem import FORMATS, Request, check_activation
+from plainconv.problem import FORMATS, Request, settled_activation
 from plainconv.remember import on_forget
 from plainconv.replace import algorithm_of, other_forward
 from plainconv.settings import AUTO, resolve
@@ -272,7 +272,7 @@ def prepack(
     if options.output_padding != 0 and not transposed:
         raise ValueError(f"output_padding={output_padding!r} belongs to transposed=True")
     check_algorithm(options.algorithm)
-    check_activation(activation, weight.dtype)
+    activation = settled_activation(activation, weight.dtype)
     chosen = resolve(*options[5:9])
     options = options._replace(**chosen._asdict())
     _no_gradients(weight, bias)

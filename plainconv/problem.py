@@ -25,18 +25,44 @@ PRECISIONS = ("highest", "high")  # with "highest", no error is larger than that
 DEFAULT_PRECISION = "high"
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # channels_last, by a tensor's dimensions
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "gelu")
+LEAKY_SLOPE = 0.01  # of "leaky_relu" without a number
 
 Pair = tuple[int, int]
 
 
-def check_activation(activation: str | None, dtype: torch.dtype) -> None:
-    """Raise ValueError if there is no such activation, or none for the type."""
+def read_activation(activation: str) -> tuple[str, tuple[float, ...]]:
+    """Which of ACTIVATIONS a text names, and its numbers: of leaky_relu the slope, of the others none.
+
+    "leaky_relu(0.2)" has that slope, "leaky_relu" has LEAKY_SLOPE.  Raises ValueError for anything else.
+    """
+    if activation in ACTIVATIONS:
+        return activation, (LEAKY_SLOPE,) if activation == "leaky_relu" else ()
+    if not isinstance(activation, str) or not activation.startswith("leaky_relu(") or not activation.endswith(")"):
+        raise ValueError(
+            f"activation must be None or one of {ACTIVATIONS}, or 'leaky_relu(slope)', but got {activation!r}"
+        )
+    try:
+        slope = float(activation[len("leaky_relu(") : -1])
+    except ValueError:
+        slope = math.nan
+    if not abs(slope) <= torch.finfo(torch.float32).max:  # the sums of half types are float32, too
+        raise ValueError(
+            f"activation={activation!r} must have a finite number (in float32) as its slope, as 'leaky_relu(0.2)' has"
+        )
+    return "leaky_relu", (slope,)
+
+
+def settled_activation(activation: str | None, dtype: torch.dtype) -> str | None:
+    """The activation as a Request spells it, so that one slope is one text: "leaky_relu(0.20)" is "leaky_relu(0.2)".
+
+    Raises ValueError if there is no such activation, or none for the type.
+    """
     if activation is None:
-        return
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {ACTIVATIONS}, but got {activation!r}")
+        return None
+    name, numbers = read_activation(activation)
     if not dtype.is_floating_point:
         raise ValueError(f"activation={activation!r} is for floating types, but the tensors are {dtype}")
+    return name if numbers in ((), (LEAKY_SLOPE,)) else f"{name}({numbers[0]!r})"
 
 
 class Direction(Enum):
@@ -288,8 +314,8 @@ class Request:
 
     What is made is  activation(convolution + bias + residual),  each of the three if it is there: a bias has one value
     for each channel, a residual the shape and memory format of the result, and activation is one of ACTIVATIONS
-    (leaky_relu with slope 0.01, gelu with erf).  GRAD_WEIGHT adds no bias: with one, it makes the gradient of the bias
-    of y, too.  channels_last speaks of the result, and is never set where torch has
+    (gelu with erf) or "leaky_relu(slope)", spelled as `settled_activation` does.  GRAD_WEIGHT adds no bias: with one,
+    it makes the gradient of the bias of y, too.  channels_last speaks of the result, and is never set where torch has
     no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.  packed: the weight
     stays from call to call, so that what is made of it alone is made once, and is no part of a call.
     tf32: float32 may be rounded to TF32 before it is multiplied, as torch's switch for convolutions on CUDA says, and
@@ -314,7 +340,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
             object.__setattr__(self, "channels_last", False)
-        check_activation(self.activation, self.dtype)
+        object.__setattr__(self, "activation", settled_activation(self.activation, self.dtype))
 
     @property
     def makes_bias(self) -> bool:

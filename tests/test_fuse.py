@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 import sys
 import threading
@@ -97,6 +98,8 @@ ACTIVATIONS = {
     "relu": nn.ReLU(),
     "relu6": nn.ReLU6(),
     "leaky_relu": nn.LeakyReLU(),
+    "leaky_relu(0.2)": nn.LeakyReLU(0.2, inplace=True),
+    "leaky_relu(-2.0)": nn.LeakyReLU(-2),
     "hardswish": nn.Hardswish(),
     "sigmoid": nn.Sigmoid(),
     "silu": nn.SiLU(inplace=True),
@@ -113,13 +116,35 @@ def test_every_activation_is_fused(name):
     same(model, fast, x)
 
 
-@pytest.mark.parametrize("layer", [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.Hardtanh(-1, 6), nn.ELU(), nn.Softplus()])
+@pytest.mark.parametrize(
+    "layer", [nn.LeakyReLU(math.inf), nn.GELU("tanh"), nn.Hardtanh(-1, 6), nn.ELU(), nn.Softplus()]
+)
 def test_other_activations_stay_torchs(layer):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), layer).eval()
     x = 3 * torch.randn(2, 3, 9, 9)
     fast = plainconv.optimize(model, x)
     assert list(fused(fast).values()) == [("conv",)]
     assert len(left(fast)) == 1
+    same(model, fast, x)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_net_of_leaky_relus(last):
+    def net(self, x):
+        x = F.leaky_relu(self.norm(self.first(x)), 0.2)
+        x = F.leaky_relu(self.second(x) + x, negative_slope=0.1, inplace=True)
+        return nn.LeakyReLU(0.2)(self.up(x))
+
+    layers = {"first": nn.Conv2d(3, 8, 3, 2, 1), "norm": nn.BatchNorm2d(8), "second": nn.Conv2d(8, 8, 1)}
+    model = settle(Plain(net, **layers, up=nn.ConvTranspose2d(8, 3, 4, 2, 1)))
+    x = torch.randn(2, 3, 12, 10).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    fast = plainconv.optimize(model, x)
+    assert left(fast) == []
+    assert list(fused(fast).values()) == [
+        ("conv", "batch_norm", "leaky_relu(0.2)"),
+        ("conv", "add", "leaky_relu(0.1)"),
+        ("conv_transpose", "leaky_relu(0.2)"),
+    ]
     same(model, fast, x)
 
 

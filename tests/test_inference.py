@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import BY_NAME, channels_last, compare, integers, product_of_lines, reals
+from checks import BY_NAME, TORCHS, channels_last, compare, integers, product_of_lines, reals
 from torch import nn
 
 import plainconv
@@ -356,7 +356,7 @@ def test_several_threads_at_once():
 # -- what comes behind -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu(0.2)", "gelu"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 8, 9, 9), (8, 9, 9)], ids=["batch", "no batch"])
 def test_an_activation_and_a_residual_are_added_behind(activation, channels_last, shape):
@@ -366,9 +366,8 @@ def test_an_activation_and_a_residual_are_added_behind(activation, channels_last
     other = torch.randn(shape)
     with torch.no_grad():
         fast = plainconv.prepack(layer, shape, activation=activation)
-        behind = getattr(F, activation) if activation else lambda y: y
         for residual in (None, other, x, None, other.transpose(-1, -2)):
-            asked = behind(layer(x) + (0 if residual is None else residual))
+            asked = TORCHS[activation](layer(x) + (0 if residual is None else residual))
             torch.testing.assert_close(fast(x, residual), asked, rtol=1e-4, atol=1e-5)
 
 
@@ -382,6 +381,8 @@ def test_a_residual_that_does_not_fit_and_an_unknown_activation():
             fast(x, torch.randn(1, 4, 4, 4, dtype=torch.float64))
         with pytest.raises(ValueError, match="activation must be None or one of"):
             plainconv.prepack(layer, x.shape, activation="tanh")
+        with pytest.raises(ValueError, match=r"activation='leaky_relu\(x\)' must have a finite number"):
+            plainconv.prepack(layer, x.shape, activation="leaky_relu(x)")
     with pytest.raises(RuntimeError, match="has no gradients"):
         fast(x, torch.randn(1, 4, 4, 4, requires_grad=True))
 

@@ -75,6 +75,16 @@ class Function(nn.Module):
         return self.function(x, self.weight, self.bias, **self.how)
 
 
+def test_an_activation_is_a_node_behind():
+    model = Function(plainconv.conv2d, 6, 4, 3, 3, activation="leaky_relu(0.2)")
+    made = exported(model, torch.randn(2, 4, 7, 9))
+    (node,) = (node for node in made.graph.node if node.op_type == "LeakyRelu")
+    assert onnx.helper.get_node_attr_value(node, "alpha") == pytest.approx(0.2)
+    x = torch.randn(3, 4, 7, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(run(made, x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "shape", "how"),

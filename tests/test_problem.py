@@ -11,7 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from plainconv import reference
-from plainconv.problem import ConvProblem, Direction, Geometry, Request, out_size, out_spatial
+from plainconv.problem import (
+    ACTIVATIONS,
+    ConvProblem,
+    Direction,
+    Geometry,
+    Request,
+    out_size,
+    out_spatial,
+    read_activation,
+)
 
 # -- directions ------------------------------------------------------------------------------------------------------
 
@@ -211,3 +220,39 @@ def test_values_are_frozen_and_hash():
     asked = Request(problem, Direction.GRAD_WEIGHT, torch.bfloat16)
     assert str(asked) == "grad_weight n1 c1 o1 x5 k3 bfloat16 cpu"
     assert hash(asked) == hash(pickle.loads(pickle.dumps(asked)))
+
+
+# -- activations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "spelled"),
+    [
+        *((name, (), name) for name in ACTIVATIONS if name != "leaky_relu"),
+        ("leaky_relu", (0.01,), "leaky_relu"),
+        ("leaky_relu(0.010)", (0.01,), "leaky_relu"),
+        ("leaky_relu(2)", (2.0,), "leaky_relu(2.0)"),
+        ("leaky_relu( -.5 )", (-0.5,), "leaky_relu(-0.5)"),
+        ("leaky_relu(0)", (0.0,), "leaky_relu(0.0)"),
+        ("leaky_relu(-0)", (-0.0,), "leaky_relu(-0.0)"),
+        ("leaky_relu(1E-3)", (0.001,), "leaky_relu(0.001)"),
+    ],
+)
+def test_a_request_spells_an_activation_in_one_way(text, numbers, spelled):
+    assert read_activation(text) == (text.partition("(")[0], numbers)
+    asked = Request(ConvProblem.parse("n1 c1 o1 x1x1 k1x1"), Direction.FORWARD, torch.float32, activation=text)
+    assert asked.activation == spelled
+    assert read_activation(spelled) == read_activation(text)
+    assert str(asked).endswith(f", {spelled}")
+
+
+@pytest.mark.parametrize("slope", ["", "x", "nan", "-inf", "1e39", "0.1, 0.2", "0.1)"])
+def test_a_slope_that_is_no_finite_number_is_refused(slope):
+    with pytest.raises(ValueError, match=r"^activation='leaky_relu\(.*\)' must have a finite number \(in float32\)"):
+        read_activation(f"leaky_relu({slope})")
+
+
+@pytest.mark.parametrize("text", ["leaky_relu(0.1", "leaky_relu0.1", "relu(0.1)", "Leaky_relu(0.1)", "", 0.1])
+def test_another_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"^activation must be None or one of .* or 'leaky_relu\(slope\)', but got"):
+        read_activation(text)

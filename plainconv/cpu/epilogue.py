@@ -22,8 +22,7 @@ import math
 from collections.abc import Sequence
 
 from plainconv.cpu.emit import Emit, Value
-
-LEAKY_SLOPE = 0.01
+from plainconv.problem import read_activation
 
 # ln 2 in two parts: the first has so few digits that its product with n is exact.
 _LN2 = {
@@ -55,14 +54,17 @@ _G = {
 
 
 def finish(e: Emit, total: Value, residual: Value | None, activation: str | None) -> Value:
-    """A vector of results, from one of sums; activation is one of problem.ACTIVATIONS."""
+    """A vector of results, from one of sums; activation as in Request."""
     if residual is not None:
         total = e.add(total, residual)
-    return total if activation is None else activate(e, activation, total)
+    if activation is None:
+        return total
+    name, numbers = read_activation(activation)
+    return activate(e, name, total, *numbers)
 
 
-def activate(e: Emit, name: str, x: Value) -> Value:
-    """The activation of that name, of each lane of x."""
+def activate(e: Emit, name: str, x: Value, *numbers: float) -> Value:
+    """The activation of that name, of each lane of x; numbers are its own."""
     zero = e.constant(0.0)
     match name:
         case "relu":
@@ -70,7 +72,7 @@ def activate(e: Emit, name: str, x: Value) -> Value:
         case "relu6":
             return _between(e, x, 0.0, 6.0)
         case "leaky_relu":
-            return e.either(e.less(x, zero), e.multiply(x, e.constant(LEAKY_SLOPE)), x)
+            return e.either(e.less(zero, x), x, e.multiply(x, e.constant(*numbers)))  # zeros are multiplied, too
         case "hardswish":
             gate = _between(e, e.add(x, e.constant(3.0)), 0.0, 6.0)
             return e.multiply(e.multiply(x, gate), e.constant(1 / 6))

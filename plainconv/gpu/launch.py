@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.problem import ConvProblem, Direction, Request, read_activation
 
 OLDEST = (3, 6)
 LEAST = (8, 0)  # compute capability: what the kernels are compiled for in the tests
@@ -104,6 +104,14 @@ def three(sides: Iterable[int], plain: int) -> tuple[int, ...]:
     """Depth, rows and width, of as many dimensions as there are."""
     given = tuple(sides)
     return (plain,) * (3 - len(given)) + given
+
+
+def activation_of(request: Request) -> tuple[str | float | None, ...]:
+    """What kernels are told of it: its name and its numbers."""
+    if request.activation is None:
+        return (None,)
+    name, numbers = read_activation(request.activation)
+    return (name, *numbers)
 
 
 class Map(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plainconv.memory import LARGE, lent
-from plainconv.problem import Request
+from plainconv.problem import Request, read_activation
 
 ALIGNMENT = 64  # bytes; one cache line, and one AVX-512 vector
 
@@ -142,7 +142,7 @@ def matrix_error(request: Request) -> float:
 
 # -- what comes behind the convolution --------------------------------------------------------------------------------
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {  # of the result and the numbers of the activation
     "relu": torch.relu_,
     "relu6": lambda out: torch.nn.functional.relu6(out, inplace=True),
     "leaky_relu": torch.nn.functional.leaky_relu_,
@@ -168,7 +168,8 @@ def finish(request: Request, tensors: Tensors, out: Tensor) -> None:
     if tensors.residual is not None:
         out += tensors.residual
     if request.activation is not None:
-        _IN_PLACE[request.activation](out)
+        name, numbers = read_activation(request.activation)
+        _IN_PLACE[name](out, *numbers)
 
 
 def finish_seconds(request: Request) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import TORCHS
 
 from plainconv.cpu import compile as cpu
@@ -9,7 +10,7 @@ from plainconv.cpu.compile import Target
 from plainconv.cpu.emit import Emit
 from plainconv.cpu.epilogue import activate, exp, finish
 from plainconv.cpu.launch import launch
-from plainconv.problem import ACTIVATIONS
+from plainconv.problem import ACTIVATIONS, read_activation
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
@@ -19,6 +20,7 @@ every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], id
 
 # Units of eps of |x| (sigmoid: of 1) that the result may be off the exact one.
 ERROR = {"relu": 0, "relu6": 0, "leaky_relu": 1, "hardswish": 2, "sigmoid": 2, "silu": 2, "gelu": 3}
+every_activation = pytest.mark.parametrize("activation", [text for text in TORCHS if text])
 
 
 def applied(function, target, *tensors):
@@ -39,8 +41,8 @@ def applied(function, target, *tensors):
     return out
 
 
-def activated(name, target, x):
-    return applied(lambda e, value: activate(e, name, value), target, x)
+def activated(activation, target, x):
+    return applied(lambda e, value: finish(e, value, None, activation), target, x)
 
 
 def wide_range(dtype):
@@ -56,18 +58,19 @@ def wide_range(dtype):
     return torch.cat([x, -x]).to(dtype)
 
 
-def exact(name, x):
+def exact(activation, x):
     """In float64, without the digits that 1 + erf loses."""
     x = x.double()
-    return x * torch.special.ndtr(x) if name == "gelu" else TORCHS[name](x)
+    return x * torch.special.ndtr(x) if activation == "gelu" else TORCHS[activation](x)
 
 
 @every_target
 @every_type
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_over_the_whole_range(name, dtype, target):
+@every_activation
+def test_every_activation_over_the_whole_range(activation, dtype, target):
+    name, _ = read_activation(activation)
     x = wide_range(dtype)
-    result, expected = activated(name, target, x), exact(name, x)
+    result, expected = activated(activation, target, x), exact(activation, x)
     eps = torch.finfo(dtype).eps
     size = torch.ones_like(x) if name == "sigmoid" else x.abs()
     bound = ERROR[name] * eps * size.double() + torch.finfo(dtype).tiny
@@ -79,12 +82,25 @@ def test_every_activation_over_the_whole_range(name, dtype, target):
 
 @every_target
 @every_type
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_what_is_not_a_number_and_what_is_not_finite(name, dtype, target):
+@every_activation
+def test_what_is_not_a_number_and_what_is_not_finite(activation, dtype, target):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e300, -1e300, 1.0] * 2, dtype=torch.float64)
-    result = activated(name, target, x.to(dtype))
-    expected = TORCHS[name](x.to(dtype).double())  # torch's gelu of float32 makes a NaN of inf, of float64 inf
+    result = activated(activation, target, x.to(dtype))
+    expected = TORCHS[activation](x.to(dtype).double())  # torch's gelu of float32 makes a NaN of inf, of float64 inf
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-36, equal_nan=True)
+
+
+@every_target
+@every_type
+@pytest.mark.parametrize("slope", [0.01, 0.1, 0.0, -0.0, -0.3, 1.0, 7.5, 1e30])
+def test_every_slope_gives_the_bits_that_torch_gives(slope, dtype, target):
+    edges = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, -1e-40, -1e30], dtype=dtype)
+    x = torch.cat([edges, edges, torch.randn(64, dtype=dtype)])
+    result, expected = activated(f"leaky_relu({slope})", target, x), F.leaky_relu(x, slope)
+    number = ~expected.isnan()
+    assert torch.equal(result.isnan(), ~number)
+    assert torch.equal(result[number], expected[number])
+    assert torch.equal(result[number].signbit(), expected[number].signbit())
 
 
 @every_target
@@ -131,8 +147,8 @@ def test_an_unknown_name_is_refused():
 
 
 def test_every_activation_is_vector_code():
-    for name in ACTIVATIONS:
+    for activation in ACTIVATIONS:
         e = Emit(Target.host().bits // 32)
         x, y = e.arguments("ptr", "ptr")
-        e.store(activate(e, name, e.load(x)), y)
+        e.store(finish(e, e.load(x), None, activation), y)
         assert "call" not in cpu.assembly(e.module())

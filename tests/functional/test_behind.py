@@ -11,7 +11,6 @@ from torch.fx import symbolic_trace
 import plainconv
 from plainconv import functional, profiling
 from plainconv.plan import forget
-from plainconv.problem import ACTIVATIONS
 
 X, W, B, R = (2, 6, 9, 8), (10, 6, 3, 3), (10,), (2, 10, 9, 8)
 
@@ -39,7 +38,7 @@ def in_one(served):
 # -- one call --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", TORCHS)
 def test_it_is_fused_and_is_what_torch_makes(activation, served):
     x, w, b, r = drawn(X, W, B, R)
     ways = [(r, b, False), (r, b, True)]
@@ -54,6 +53,30 @@ def test_it_is_fused_and_is_what_torch_makes(activation, served):
             close(result, expected)
         assert result.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         assert in_one(served)[-2:] == [(activation, residual is not None)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("slope", [0.1, 0.0, -1.5])
+def test_a_slope_in_other_types(slope, dtype, served):
+    x, w, b, r = (tensor.to(dtype) for tensor in drawn(X, W, B, R))
+    expected = F.leaky_relu(F.conv2d(x.double(), w.double(), b.double(), padding=1) + r.double(), slope)
+    for given in (x, channels_last(x)):
+        result = plainconv.conv2d(given, w, b, padding=1, activation=f"leaky_relu({slope})", residual=r)
+        assert result.dtype is dtype
+        torch.testing.assert_close(result.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+    assert in_one(served) == [(f"leaky_relu({slope})", True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("spelled", "other"),
+    [("leaky_relu", "leaky_relu(0.01)"), ("leaky_relu", "leaky_relu( 1e-2)"), ("leaky_relu(2.0)", "leaky_relu(2)")],
+)
+def test_a_slope_is_one_plan_however_it_is_written(spelled, other, served):
+    x, w = drawn(X, W)
+    made = [plainconv.conv2d(x, w, activation=activation) for activation in (spelled, other)]
+    assert torch.equal(*made)
+    assert in_one(served) == [(spelled, False)] * 2
+    assert len({id(plan) for plan, _ in served}) == 1
 
 
 SIX = {
@@ -117,7 +140,7 @@ def test_explain_tells_of_it():
 # -- what watches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", TORCHS)
 @pytest.mark.parametrize("asks", range(4))
 def test_gradients_are_torch_s(activation, asks, served):
     given = drawn(X, W, B, R)
@@ -151,18 +174,23 @@ def test_transforms_modes_and_autocast(served):
 
 
 class Step(torch.nn.Module):
+    def __init__(self, activation="hardswish"):
+        super().__init__()
+        self.activation = activation
+
     def forward(self, x, w, r):
-        return plainconv.conv2d(x, w, padding=1, activation="hardswish", residual=r)
+        return plainconv.conv2d(x, w, padding=1, activation=self.activation, residual=r)
 
 
-def test_compiled_exported_and_traced():
+@pytest.mark.parametrize("activation", ["hardswish", "leaky_relu(0.2)"])
+def test_compiled_exported_and_traced(activation):
     x, w, r = drawn(X, W, R)
-    expected = F.hardswish(F.conv2d(x, w, padding=1) + r)
-    close(torch.compile(Step(), fullgraph=True, backend="eager", dynamic=True)(x, w, r), expected)
-    close(torch.export.export(Step(), (x, w, r)).module()(x, w, r), expected)
-    graph = symbolic_trace(Step())
+    step, expected = Step(activation), TORCHS[activation](F.conv2d(x, w, padding=1) + r)
+    close(torch.compile(step, fullgraph=True, backend="eager", dynamic=True)(x, w, r), expected)
+    close(torch.export.export(step, (x, w, r)).module()(x, w, r), expected)
+    graph = symbolic_trace(step)
     (node,) = (node for node in graph.graph.nodes if node.target is plainconv.conv2d)
-    assert node.kwargs["activation"] == "hardswish"
+    assert node.kwargs["activation"] == activation
     close(graph(x, w, r), expected)
 
 
@@ -185,6 +213,7 @@ def test_profile_times_both_sides_with_it(monkeypatch):
         ({"activation": "tanh"}, ValueError, r"activation must be None or one of \('relu', .*but got 'tanh'"),
         ({"activation": ["relu"]}, ValueError, r"activation must be None or one of .*but got \['relu'\]"),
         ({"activation": F.relu}, ValueError, "activation must be None or one of"),
+        ({"activation": "leaky_relu(x)"}, ValueError, r"activation='leaky_relu\(x\)' must have a finite number"),
         ({"residual": 1.0}, TypeError, "argument 'residual' must be Tensor, not float"),
         ({"residual": torch.ones(1)}, RuntimeError, r"shape of the result, \[2, 10, 9, 8\], but got \[1\]"),
         ({"residual": torch.ones(R).double()}, RuntimeError, "and residual type .* should be the same"),

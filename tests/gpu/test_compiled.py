@@ -97,6 +97,13 @@ def test_neighbouring_channels_are_moved_at_once():
     assert "st.global.v4.b32" in told.ptx
 
 
+def test_a_slope_is_rounded_to_the_type_of_the_sums():
+    for text in ("n2 c4 o6 x4x5 k2x3", "n2 c32 o32 x4x5 k2x3"):
+        for dtype, bits in ((torch.float64, "0d3FB999999999999A"), (torch.bfloat16, "0f3DCCCCCD")):
+            told = compiled(*launched(text, Direction.FORWARD, dtype, False, activation="leaky_relu(0.1)"), 80)
+            assert bits in told.ptx
+
+
 LAYERS = (
     "n8 c64 o64 x28x28 k3x3 p1 g64",
     "n8 c64 o64 x28x28 k7x7 s2 p3 g64",

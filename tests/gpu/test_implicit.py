@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
 from interpreted import asked, check, check_guarded, check_packed, far, result
 
@@ -124,6 +125,16 @@ def test_padding_is_multiplied_and_a_nan_reaches_its_windows_alone(interpreted):
     made = interpreted(result, "direct", request, torch.ones(1, 1, 1, 5), w)
     assert made.flatten().tolist()[1:] == [math.inf] * 4
     assert made[..., 0].isnan()
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.0, -0.0, -0.3, 7.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_slope_gives_what_torch_gives(slope, dtype, interpreted):
+    edges = torch.tensor([math.nan, math.inf, -math.inf, -1e30], dtype=dtype)
+    x, w = torch.cat([edges, torch.randn(60, dtype=dtype)]).view(1, 1, 8, 8), torch.ones(1, 1, 1, 1, dtype=dtype)
+    request = asked("n1 c1 o1 x8x8 k1x1", Direction.FORWARD, dtype, activation=f"leaky_relu({slope})")
+    made = interpreted(result, "pointwise", request, x, w)
+    torch.testing.assert_close(made, F.leaky_relu(x, slope), rtol=0, atol=0, equal_nan=True)
 
 
 def test_relu_keeps_a_nan(interpreted):

@@ -6,20 +6,20 @@ import triton.language as tl
 
 @triton.jit
 def activated(v, ACTIVATION: tl.constexpr):
-    """The activation of that name (None: nothing); leaky_relu has slope 0.01, gelu the error function."""
-    if ACTIVATION == "relu":
+    """ACTIVATION: a name and its numbers, as `problem.read_activation` knows them; (None,): nothing is applied."""
+    if ACTIVATION[0] == "relu":
         v = tl.where(v < 0, 0.0, v)
-    elif ACTIVATION == "relu6":
+    elif ACTIVATION[0] == "relu6":
         v = _relu6(v)
-    elif ACTIVATION == "leaky_relu":
-        v = tl.where(v < 0, 0.01 * v, v)
-    elif ACTIVATION == "hardswish":
+    elif ACTIVATION[0] == "leaky_relu":
+        v = tl.where(v > 0, v, ACTIVATION[1] * v)  # zeros are multiplied, too
+    elif ACTIVATION[0] == "hardswish":
         v = v * _relu6(v + 3) / 6
-    elif ACTIVATION == "sigmoid":
+    elif ACTIVATION[0] == "sigmoid":
         v = 1 / (1 + tl.exp(-v))
-    elif ACTIVATION == "silu":
+    elif ACTIVATION[0] == "silu":
         v = v / (1 + tl.exp(-v))
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION[0] == "gelu":
         v = v / 2 * (1 + tl.erf(v * 0.7071067811865476))
     return v
 
