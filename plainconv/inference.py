@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from plainconv import functional, ops
 from plainconv.arguments import Spec
@@ -35,6 +38,7 @@ from plainconv.settings import AUTO, resolve
 MOST_MADE = 4  # weights, packed or transformed in different ways, that a call keeps
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = ("algorithm", "max_workspace", "allow_builtin", "precision")
+_MAKERS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch's that make a weight or a bias in each call
 _Run = Callable[[Tensor, Tensor | None], Tensor]  # of an input, and a residual
 _Ready = tuple[Callable[..., bool], bool, _Run]  # fits, whether it asks for a gradient, and runs
 _alive: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -245,7 +249,8 @@ def prepack(
 
     Raises:
         RuntimeError: gradients are on and the weight or the bias asks for one; or as plainconv.conv2d.
-        TypeError: a module that is no such layer, or computes in another way; or options that it has itself.
+        TypeError: a module that is no such layer, computes in another way, or whose weight may be made by a hook that
+            is none of torch.nn.utils; or options that it has itself.
         ValueError, AlgorithmRefused: as plainconv.conv2d.
     """
     options = Options(
@@ -297,7 +302,27 @@ def _of_layer(layer: nn.Module, options: Options) -> tuple[Tensor, Tensor | None
     own |= {name: getattr(layer, name, None) for name in _SETTINGS} | {"algorithm": algorithm_of(layer)}
     own |= {name: said for name in _SETTINGS if (said := getattr(options, name)) not in (None, AUTO)}
     extra: Any = layer.output_padding if layer.transposed else 0
-    return layer.weight, layer.bias, layer.transposed, Options(**own, output_padding=extra)
+    made = _made_by_hooks(layer)
+    weight, bias = (made.get(name, getattr(layer, name)) for name in ("weight", "bias"))
+    return weight, bias, layer.transposed, Options(**own, output_padding=extra)
+
+
+def _made_by_hooks(layer: _ConvNd) -> dict[str, Any]:
+    """What hooks make before each call, as they would make it now in evaluation mode; the layer stays as it is."""
+    hooks = layer._forward_pre_hooks.values()
+    unknown = [hook for hook in hooks if not isinstance(hook, _MAKERS)]
+    for name in ("weight", "bias"):
+        if unknown and isinstance(vars(layer).get(name), Tensor):  # no parameter: somebody puts it there
+            raise TypeError(
+                f"prepack cannot know the {name} of a {type(layer).__name__} that is no parameter and may be made in "
+                f"each call by the hook {unknown[0]!r}; remove the hook, or give the {name} itself"
+            )
+    like = nn.Module()
+    vars(like).update(vars(layer), training=False)
+    for hook in hooks:
+        if isinstance(hook, _MAKERS):
+            hook(like, ())
+    return vars(like)
 
 
 def _no_gradients(*tensors: Tensor | None) -> None:

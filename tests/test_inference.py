@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from checks import BY_NAME, TORCHS, channels_last, compare, integers, product_of_lines, reals
 from torch import nn
+from torch.nn.utils import prune
 
 import plainconv
 from plainconv import inference
@@ -245,6 +246,52 @@ def test_layers_of_other_kinds():
 
     derived = Derived(4, 6, 3)
     torch.testing.assert_close(plainconv.prepack(derived, x.shape)(x), derived(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "of",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+        lambda layer: prune.l1_unstructured(nn.utils.weight_norm(layer), "weight_v", 0.5),
+    ],
+)
+@torch.no_grad()
+def test_a_weight_that_hooks_make_is_made_first(of):
+    layer, x = of(nn.Conv2d(4, 8, 3)).eval(), torch.randn(1, 4, 9, 9)
+    layer(x)
+    for parameter in layer.parameters():
+        parameter.add_(torch.rand_like(parameter))
+    layer.train()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    stale = layer.weight, layer.bias
+    fast = plainconv.prepack(layer, x.shape)
+    assert (layer.weight, layer.bias) == stale
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert layer.training
+    torch.testing.assert_close(fast(x), layer.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_weight_that_another_hook_may_make_is_refused():
+    class Halved(nn.Conv2d):
+        pass
+
+    def halve(layer, _):
+        layer.weight = layer.whole / 2
+
+    layer, x = Halved(4, 8, 3), torch.randn(1, 4, 9, 9)
+    layer.register_forward_pre_hook(lambda *_: None)
+    torch.testing.assert_close(plainconv.prepack(layer, x.shape)(x), layer(x), rtol=1e-4, atol=1e-5)
+    layer.whole = layer.weight
+    del layer.weight
+    layer.register_forward_pre_hook(halve)
+    layer(x)
+    with pytest.raises(TypeError, match="the weight of a Halved that is no parameter and may be made in each call by"):
+        plainconv.prepack(layer, x.shape)
 
 
 class Standardized(nn.Conv2d):
