@@ -71,7 +71,7 @@ _ACTIVATIONS: dict[Any, tuple[str, dict[str, Any]]] = {  # function -> as activa
 }
 _NORM = _aten._native_batch_norm_legit_no_training.default
 _STRIDED = (_aten.as_strided.default, _aten.view_as_complex.default, _aten.view_as_real.default)  # they ask how it lies
-_Shapes = tuple[tuple[int, ...], ...]
+_Shapes = tuple[tuple[int, ...] | None, ...]
 _one_is_quiet = threading.RLock()
 
 
@@ -121,8 +121,8 @@ class Optimized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives for inputs like the example."""
-        for leaf, shape in zip(tree_leaves((args, kwargs)), self._shapes, strict=False):
-            if isinstance(leaf, Tensor) and 1 in leaf.shape:
+        if self._shapes:
+            for leaf, shape in zip(_leaves((args, kwargs)), self._shapes, strict=False):
                 self._check(leaf, shape)
         try:
             return self.model(*args, **kwargs)
@@ -135,16 +135,21 @@ class Optimized(nn.Module):
             raise
         except ValueError as error:  # its reading of arguments
             if str(error).startswith(("Trying to flatten user inputs", "Ran into a kwarg keyword mismatch")):
-                raise TypeError(
-                    "what is optimized is called with the arguments of its example, in their form"
-                ) from None
+                raise _other_form() from None
             raise
 
-    def _check(self, leaf: Tensor, shape: tuple[int, ...]) -> None:
-        """A graph written for sizes of 2 and more says nothing of what the model does for a size of 1."""
-        for dim, (size, example) in enumerate(zip(leaf.shape, shape, strict=False)):
-            if size == 1 != example and not (dim == 0 and self._one):
-                raise _unlike(f"a size of {example} at dimension {dim}, and not of 1,")
+    def _check(self, leaf: Any, shape: tuple[int, ...] | None) -> None:
+        """What torch.export's guards take for granted, or do not ask."""
+        if not isinstance(leaf, Tensor) or shape is None:
+            if isinstance(leaf, Tensor) or shape is not None:
+                raise _other_form()
+            return
+        if leaf.dim() != len(shape):
+            raise _unlike(f"{len(shape)} dimensions, and not {leaf.dim()},")
+        if 1 in leaf.shape:  # a graph written for sizes of 2 and more says nothing of what the model does for 1
+            for dim, (size, example) in enumerate(zip(leaf.shape, shape, strict=True)):
+                if size == 1 != example and not (dim == 0 and self._one):
+                    raise _unlike(f"a size of {example} at dimension {dim}, and not of 1,")
 
     def _notes_without_guards(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """What the first convolution says that these cannot come to, and its name; nothing, if there is none."""
@@ -246,6 +251,10 @@ def _unlike(condition: str) -> RuntimeError:
     )
 
 
+def _other_form() -> TypeError:
+    return TypeError("what is optimized is called with the arguments of its example, in their form")
+
+
 def _arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
@@ -301,8 +310,17 @@ def _tried(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Shapes:
-    """Of all leaves of the arguments, in their order; () for what is no tensor."""
-    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in tree_leaves((args, kwargs)))
+    """Of all leaves of the arguments; None for what is no tensor."""
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in _leaves((args, kwargs)))
+
+
+def _leaves(given: Any) -> list[Any]:
+    """As tree_leaves, but in one order whatever that of the names, as torch.export takes them."""
+    if isinstance(given, dict):
+        given = [given[name] for name in sorted(given, key=str)]
+    if isinstance(given, (tuple, list)):
+        return [leaf for part in given for leaf in _leaves(part)]
+    return tree_leaves(given)
 
 
 @contextlib.contextmanager
