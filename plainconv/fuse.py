@@ -33,7 +33,6 @@ from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plainconv import functional
@@ -42,7 +41,7 @@ from plainconv.menu.base import AlgorithmRefused
 from plainconv.ops import OPERATORS, is_channels_last
 from plainconv.plan import check_algorithm
 from plainconv.problem import FORMATS, PADDING_MODES, Direction, settled_activation
-from plainconv.replace import check_model, unswap
+from plainconv.replace import check_model, check_weights, unswap
 from plainconv.settings import AUTO
 
 _aten = torch.ops.aten
@@ -210,8 +209,7 @@ def optimize(
         raise TypeError(
             "optimize takes a model as it is, and this one is optimized already; give what it was made from"
         )
-    if any(map(is_lazy, model.parameters())):
-        raise RuntimeError("a layer of the model has no weight yet; call the model once before optimize")
+    check_weights("optimize", model)
     if model.training:
         raise RuntimeError("optimize is for inference, but the model is in training mode; call model.eval() first")
     args, kwargs = _arguments_of(example_input)

@@ -11,7 +11,7 @@ swapped, plainconv.nn's, torch's, or none at all (a function called in some forw
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from plainconv import functional, ops
 from plainconv.inference import Prepacked
 from plainconv.plan import Explanation
 from plainconv.problem import ConvProblem, Direction
-from plainconv.replace import check_model
+from plainconv.replace import check_model, check_weights
 from plainconv.timing import Timing, duration, in_turn, keep_freed_memory
 
 TURN_S = 2e-2  # how long a side goes on before it is the other's turn: torch's threads stay awake for a while
@@ -156,7 +156,7 @@ def profile(model: nn.Module, *inputs: Any, training: bool = False, seconds: flo
 
     Args:
         model: any module, whose convolutions are torch's, plainconv's, or both; it is left as it was.
-        inputs, named: what it is called with.
+        inputs, named: what it is called with; it gets copies of all tensors, with gradients of their own.
         training: whether to run in training mode, forward and then backward from the sum of all outputs, instead of in
             evaluation mode without gradients.
         seconds: how long each kind of convolution is timed, about.
@@ -168,7 +168,8 @@ def profile(model: nn.Module, *inputs: Any, training: bool = False, seconds: flo
         a Profile, which prints as a table.
 
     Raises:
-        RuntimeError: the model is wrapped for training in parallel, or compiled.
+        RuntimeError: the model is wrapped for training in parallel, or compiled, or has a lazy layer that was not
+            called yet; or training within torch.inference_mode().
         TypeError: the model is no module, or has prepacked convolutions.
         Whatever the model raises.
     """
@@ -178,8 +179,12 @@ def profile(model: nn.Module, *inputs: Any, training: bool = False, seconds: flo
             "profile sees calls of layers and functions, and convolutions of this model are prepacked; "
             "give it the model that it was made from"
         )
+    check_weights("profile", model)
+    if training and torch.is_inference_mode_enabled():
+        raise RuntimeError("profile(training=True) needs gradients; call it outside of torch.inference_mode()")
+    inputs, named = tree_map_only(Tensor, _copy, (inputs, named))
     run = partial(_step if training else _forward, model, inputs, named)
-    with _as_it_was(model, training, tree_leaves((inputs, named))):
+    with _as_it_was(model, training):
         with _names_of(model) as stack, _Noting(stack) as noting:
             run()
         keep_freed_memory()
@@ -200,6 +205,10 @@ def _named(row: Row) -> str:
 # -- running the model -----------------------------------------------------------------------------------------------
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
 def _forward(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
     with torch.no_grad():
         model(*inputs, **named)
@@ -214,7 +223,7 @@ def _step(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, training: bool, inputs: Sequence[Any]) -> Iterator[None]:
+def _as_it_was(model: nn.Module, training: bool) -> Iterator[None]:
     """Modes, buffers, gradients and random numbers are afterwards what they were."""
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -223,8 +232,7 @@ def _as_it_was(model: nn.Module, training: bool, inputs: Sequence[Any]) -> Itera
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    asking = [leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf]
-    gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *asking)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with torch.random.fork_rng():
             model.train(training)

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from plainconv import functional
@@ -231,6 +233,14 @@ def check_model(function: str, model: nn.Module) -> None:
                 f"plainconv.{function} comes before a model is wrapped, sharded or compiled, but "
                 f"{repr(name) if name else 'the model'} is {done[0]} already; call it on the plain model"
             )
+
+
+def check_weights(function: str, model: nn.Module) -> None:
+    """Raise RuntimeError if a layer, as a lazy one, has its weights or buffers only from its first input on."""
+    for name, module in model.named_modules():
+        if any(map(is_lazy, chain(module.parameters(recurse=False), module.buffers(recurse=False)))):
+            layer = f"layer {name!r}, a {type(module).__name__}," if name else f"a {type(module).__name__}"
+            raise RuntimeError(f"{layer} has no weight yet; call the model once before plainconv.{function}")
 
 
 # -- the classes -----------------------------------------------------------------------------------------------------

@@ -115,6 +115,24 @@ def test_the_model_is_left_as_it_was(model, training, fails):
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_inputs_are_left_as_they_were(model, training):
+    class Adding(nn.Module):
+        def forward(self, x, by):
+            return model(x.add_(by["more"]))
+
+    asks = X.clone().requires_grad_()
+    inputs = X.clone(), asks * 2  # no leaf
+    before = [x.detach().clone() for x in inputs]
+    by = {"more": torch.ones(4, 1, 1)}
+    for x in inputs if training else inputs[:1]:
+        plainconv.profile(nn.Sequential(model), x, training=training, seconds=0)
+    plainconv.profile(Adding(), inputs[0], training=training, seconds=0, by=by)
+    for x, values in zip(inputs, before, strict=True):
+        assert torch.equal(x, values)
+    assert asks.grad is None
+
+
 def test_calls_are_replayed_on_tensors_that_lie_alike(model, served):
     last = X.to(memory_format=torch.channels_last)
     found = plainconv.profile(model.to(memory_format=torch.channels_last), last, seconds=0)
@@ -204,3 +222,10 @@ def test_what_is_refused():
         plainconv.profile(F.relu, X)
     with pytest.raises(RuntimeError, match="profile comes before a model is wrapped, sharded or compiled"):
         plainconv.profile(nn.DataParallel(nn.Conv2d(4, 4, 3)), X)
+    for lazy in (nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(affine=False)):
+        with pytest.raises(RuntimeError, match=r"layer '0', a Lazy\w+, has no weight yet; call the model once"):
+            plainconv.profile(nn.Sequential(lazy), X)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"call it outside of torch.inference_mode\(\)"):
+        plainconv.profile(nn.Conv2d(4, 4, 3), X, training=True)
+    with torch.inference_mode():
+        assert plainconv.profile(nn.Conv2d(4, 4, 3), X, seconds=0).rows
