@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
@@ -176,6 +177,9 @@ class Optimized(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
         return Optimized(copy.deepcopy(self.model, memo), self.report, self._shapes, self._one)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError("torch.jit cannot compile what is optimized; give it the model that it was made from")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("what is optimized cannot be pickled; pickle the model, and optimize it where it was loaded")
 
@@ -222,7 +226,9 @@ def optimize(
         except Exception as error:  # whatever it is that torch.export does not understand
             line = (str(error).strip() or "nothing more").splitlines()[0]
             return _each_by_itself(model, args, kwargs, algorithm, f"torch.export says {type(error).__name__}: {line}")
-        steps, kept = _fuse(graph, algorithm)
+        steps, kept = _fuse(graph, algorithm, layers)
+        within = "it is called in a graph within the graph, as of torch.cond, where nothing is fused"
+        kept |= dict.fromkeys(sorted(_read_within(graph, layers) - {*steps, *kept}), within)
         kept |= dict.fromkeys(sorted(layers - {*steps, *kept}), "the example did not reach it")
         last = _faster_in_channels_last(graph, steps.values(), args, kwargs)
         if last:
@@ -470,15 +476,20 @@ class _Step(nn.Module):
         assert self._given is not None
         weight, bias = self._given
         self._given = None
-        try:
-            packed = prepack(weight, input.shape, bias, memory_format=_format(input), **self.options)
-        except AlgorithmRefused as error:
-            raise AlgorithmRefused(f"layer {self.name!r}: {error}") from None
-        packed.layer = self.name
-        return packed
+        return _prepacked(self.name, weight, input, bias=bias, **self.options)
 
 
-def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[str, str]]:
+def _prepacked(name: str, layer: nn.Module | Tensor, input: Tensor, **options: Any) -> Prepacked:
+    """For inputs like this one; a refusal names the layer, and so do errors of its calls."""
+    try:
+        packed = prepack(layer, input.shape, memory_format=_format(input), **options)
+    except AlgorithmRefused as error:
+        raise AlgorithmRefused(f"layer {name!r}: {error}") from None
+    packed.layer = name
+    return packed
+
+
+def _fuse(module: GraphModule, algorithm: str, layers: set[str]) -> tuple[dict[str, _Step], dict[str, str]]:
     """Let each convolution of the graph take in what it can; returns them, and why others were left, by layer."""
     steps: dict[str, _Step] = {}
     kept: dict[str, str] = {}
@@ -486,7 +497,7 @@ def _fuse(module: GraphModule, algorithm: str) -> tuple[dict[str, _Step], dict[s
     for node in list(module.graph.nodes):
         if node.target not in _CONVOLUTIONS and node.target != _OUR_TRANSPOSED:
             continue
-        name = _named(node, {*steps, *kept})
+        name = _named(node, {*steps, *kept}, layers)
         if node.target == _OUR_TRANSPOSED:
             kept[name] = "it is plainconv's own transposed convolution, into which nothing is taken"
             continue
@@ -604,11 +615,26 @@ def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _named(node: Node, taken: set[str]) -> str:
+def _named(node: Node, taken: set[str], layers: set[str]) -> str:
     """The name of the module that the function was called in, or a new one."""
     stack = [*node.meta.get("nn_module_stack", {}).values()]
     name = str(stack[-1][0]) if stack else node.name
+    if name not in layers:  # within torch.autocast, the graph does not know it; the weight may
+        name = _layer_of(node.all_input_nodes[1], layers) or name
     return name if name not in taken else next(f"{name} ({n})" for n in count(2) if f"{name} ({n})" not in taken)
+
+
+def _layer_of(node: Node, layers: set[str]) -> str | None:
+    """The name of the layer that keeps the tensor, or the first of those that it is made of."""
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return next((name for name in layers if node.op == "get_attr" and str(node.target).startswith(f"{name}.")), None)
+
+
+def _read_within(module: GraphModule, layers: set[str]) -> set[str]:
+    """The layers whose tensors go into functions that have graphs of their own."""
+    functions = (node for node in module.graph.nodes if isinstance(node.target, HigherOrderOperator))
+    return {name for node in functions for given in node.all_input_nodes if (name := _layer_of(given, layers))}
 
 
 def _padding_of(node: Any, dims: int) -> dict[str, Any] | None:
@@ -679,16 +705,31 @@ def _each_by_itself(
 ) -> Optimized:
     """The model as it is, with its convolution layers prepacked for what they are given first."""
     layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, _ConvNd)}
-    inputs: dict[nn.Module, Tensor] = {}
+    inputs: dict[_ConvNd, Tensor] = {}
     sized: set[nn.Module] = set()
 
-    def see(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    running: list[str] = []
+
+    def see(layer: _ConvNd, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # within torch.cond, which allows no change of what lies without
+            return
+        running.append(layers[layer])
         inputs.setdefault(layer, given[0] if given else named["input"])
         if any(size is not None for size in (*given[1:], named.get("output_size"))):
             sized.add(layer)
 
+    def leave(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            running.pop()
+
     hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-    _tried(model, args, kwargs)
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        _tried(model, args, kwargs)
+    except Exception as error:
+        if running:
+            error.add_note(f"in layer {running[-1]!r}")
+        raise
     for hook in hooks:
         hook.remove()
     fused: dict[str, tuple[tuple[str, ...], str]] = {}
@@ -696,19 +737,16 @@ def _each_by_itself(
     packed: dict[_ConvNd, Prepacked] = {}
     for layer, name in layers.items():
         if layer not in inputs:
-            kept[name] = "the example did not reach it"
+            kept[name] = "the example did not reach it, or only within a function as torch.cond"
             continue
         if layer in sized:
             kept[name] = "it is called with an output_size"
             continue
         try:
-            packed[layer] = prepack(
-                layer, inputs[layer].shape, algorithm=algorithm, memory_format=_format(inputs[layer])
-            )
+            packed[layer] = _prepacked(name, layer, inputs[layer], algorithm=algorithm)
         except TypeError as error:  # a layer with a forward of its own
             kept[name] = str(error)
         else:
-            packed[layer].layer = name
             fused[name] = (_kind(layer.transposed),), packed[layer].algorithm
     for changed, call in packed.items():  # it stays what it is to those who read its attributes
         changed.add_module("prepacked", call)

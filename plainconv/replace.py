@@ -106,15 +106,15 @@ def swap(
         if why is None:
             try:
                 kinds[name] = layer, _swapped_of(type(layer))
-            except TypeError as error:
+            except Exception as error:  # of the class's own __init_subclass__
                 why = f"{type(layer).__name__} cannot be derived from: {error}"
         if why is not None:
             kept[name] = why
     changed = {}
     for name, (layer, kind) in kinds.items():  # once all is known, so that an error leaves the model as it was
         old = type(layer)
-        layer._plainconv = _Held(name, algorithm)  # type: ignore[assignment]
-        layer.__class__ = kind
+        vars(layer)["_plainconv"] = _Held(name, algorithm)
+        _become(layer, kind)
         changed[name] = old.__name__, type(layer).__name__
     return Report(changed, kept)
 
@@ -132,7 +132,7 @@ def unswap(model: nn.Module) -> Report:
             kept[name] = "swap did not change it"
             continue
         new: type[Any] = type(layer)
-        layer.__class__ = _original_of(new)  # type: ignore[assignment]
+        _become(layer, _original_of(new))
         vars(layer).pop("_plainconv", None)
         changed[name] = new.__name__, type(layer).__name__
     return Report(changed, kept)
@@ -277,6 +277,11 @@ def _new(original: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
+def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change its class, past a __setattr__ of its own that might raise when half the model has changed."""
+    object.__setattr__(layer, "__class__", kind)
+
+
 def _swapped_of(kind: type[Any]) -> type[nn.Module]:
     """The class that computes by plainconv what `kind` computes by torch."""
     if not _is_parametrized(kind):
@@ -347,7 +352,11 @@ def _transposed(self: Any, input: Tensor, output_size: list[int] | None = None) 
     extra = self.output_padding
     if output_size is not None:
         sizes = self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-        extra = self._output_padding(input, output_size, *sizes)
+        try:
+            extra = self._output_padding(input, output_size, *sizes)
+        except Exception as error:
+            error.add_note(f"in {_told(self)}")
+            raise
     return _call(self, input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 

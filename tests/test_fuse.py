@@ -430,7 +430,7 @@ def test_a_model_without_a_graph_is_prepacked_layer_by_layer(capfd):
     fast = plainconv.optimize(model, x)
     assert capfd.readouterr() == ("", ""), "torch.export prints what it has of the graph"
     assert fused(fast) == {"c": ("conv",)}
-    assert fast.report.kept == {"unused": "the example did not reach it"}
+    assert fast.report.kept == {"unused": "the example did not reach it, or only within a function as torch.cond"}
     assert fast.report.plain.startswith("torch.export says")
     for _ in range(4):
         same(model, fast, torch.randn(2, 2, 6, 6))
@@ -440,6 +440,31 @@ def test_a_model_without_a_graph_is_prepacked_layer_by_layer(capfd):
     copied = copy.deepcopy(fast)
     assert copied.model.c.forward.__self__ is copied.model.c.prepacked is not fast.model.c.prepacked
     same(model, copied, x)
+
+
+def test_layers_within_cond_and_autocast_are_told_by_name():
+    def within(self, x):
+        x = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.c(x)
+
+    layers = {name: nn.Conv2d(3, 3, 3, padding=1) for name in "abc"}
+    fast = plainconv.optimize(Plain(within, **layers, unused=nn.Conv2d(3, 3, 1)).eval(), torch.randn(2, 3, 6, 6))
+    assert fused(fast) == {"c": ("conv",)}
+    assert "graph within the graph" in fast.report.kept["a"] == fast.report.kept["b"]
+    assert fast.report.kept["unused"] == "the example did not reach it"
+
+
+def test_without_a_graph_a_layer_that_refuses_or_does_not_fit_is_named():
+    def branching(self, x):
+        return self.c(x) if x.sum().item() < 1e9 else x
+
+    model, x = Plain(branching, c=nn.Conv2d(2, 3, 1)).eval(), torch.randn(2, 2, 6, 6)
+    with pytest.raises(plainconv.AlgorithmRefused, match="layer 'c': algorithm='winograd' refuses"):
+        plainconv.optimize(model, x, algorithm="winograd")
+    with pytest.raises(RuntimeError, match="to have 2 channels, but got 3 channels") as error:
+        plainconv.optimize(model, torch.randn(2, 3, 6, 6))
+    assert error.value.__notes__ == ["in layer 'c'"]
 
 
 def test_without_a_graph_a_layer_that_is_told_its_size_stays():
@@ -549,6 +574,8 @@ def test_what_it_cannot_be_asked_for():
         plainconv.profile(fast, x)
     with pytest.raises(TypeError, match="pickle the model"):
         pickle.dumps(fast)
+    with pytest.raises(RuntimeError, match=r"torch\.jit cannot compile what is optimized"):
+        torch.jit.script(fast)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(fast)(x), fast(x))
     with pytest.raises(plainconv.AlgorithmRefused, match="layer '0': algorithm='winograd' refuses"):

@@ -198,6 +198,27 @@ def test_a_class_that_cannot_be_derived_from_is_kept():
     assert "tag" in report.kept["1"]
 
 
+def test_a_layer_that_refuses_leaves_no_model_half_changed(x):
+    class Alone(nn.Conv2d):
+        def __init_subclass__(cls):
+            raise ValueError("not mine")
+
+    class Frozen(nn.Conv2d):
+        def __setattr__(self, name, value):
+            if name in ("_plainconv", "__class__"):
+                raise AttributeError("frozen")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Frozen(3, 3, 1), Alone(3, 3, 1))
+    asked = model(x)
+    report = plainconv.swap(model)
+    assert list(report.changed) == ["0", "1"]
+    assert report.kept == {"2": "Alone cannot be derived from: not mine"}
+    close(model(x), asked)
+    plainconv.unswap(model)
+    assert [type(layer) for layer in model] == [nn.Conv2d, Frozen, Alone]
+
+
 def test_a_layer_that_is_made_of_a_swapped_class_computes_too(x):
     layer = nn.Conv2d(3, 4, 3)
     plainconv.swap(layer)
@@ -225,6 +246,9 @@ def test_a_wrong_shape_names_the_layer(model):
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels") as caught:
         model(torch.randn(1, 4, 8, 8))
     assert caught.value.__notes__ == ["in layer 'first', a PlainConv2d"]
+    with pytest.raises(ValueError, match="requested an output size of") as caught:
+        model.up(torch.randn(1, 4, 8, 8), output_size=[90, 90])
+    assert caught.value.__notes__ == ["in layer 'up', a PlainConvTranspose2d"]
 
 
 # -- parametrised layers ---------------------------------------------------------------------------------------------
