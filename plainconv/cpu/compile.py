@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plainconv.cpu.masks import spelled_out
 from plainconv.cpu.store import Store, user_store
 
-FORMAT = 1  # raised when the code below changes what is made of the same text
+FORMAT = 2  # raised when the code below changes what is made of the same text
 MAX_KERNELS = 512  # held in memory
 _MAGIC = b"plainconv object code 1\n"
 # LLVM keeps some kilobytes of every library that was ever linked, even after its code is gone; they are freed with
@@ -94,6 +95,11 @@ class Target:
     def fma(self) -> bool:
         """Whether llvm.fma is one instruction; where it is not, it is a slow call for each element."""
         return self.machine == "aarch64" or self.has("fma")
+
+    @property
+    def masks(self) -> bool:
+        """Whether vectors are stored, and those of half types loaded, under a mask as quickly as without."""
+        return self.has("avx512bw") and self.has("avx512vl")
 
     @property
     def registers(self) -> int:
@@ -342,6 +348,8 @@ def _emit(text: str, target: Target, *, assembly: bool) -> bytes | str:
     """Object code, or assembly, of the module; a module of its own context, so that LLVM forgets all of it again."""
     llvm = _llvm()
     machine = _target_machine(target)
+    if not target.masks:
+        text = spelled_out(text)
     with llvm.create_context() as context, llvm.parse_assembly(text, context=context) as module:
         module.triple = target.triple
         module.data_layout = str(machine.target_data)

@@ -182,7 +182,8 @@ def test_one_instruction_where_there_is_one():
     e.store(e.load(x, 512), y, 512, stored="half")
     text = cpu.assembly(e.module())
     assert "vcvtph2ps\t(" in text
-    assert "vpbroadcastw\t198(" in text
+    if Target.host().has("avx512bw"):  # for others LLVM goes by way of a scalar register
+        assert "vpbroadcastw\t198(" in text
     assert "vcvtps2ph" in text
     assert "call" not in text
 
