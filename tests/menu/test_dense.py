@@ -589,12 +589,12 @@ def test_strips_stay_in_the_caches(text, direction, channels_last):
     ("text", "slow"), [("n1 c512 o512 x7x7 k3x3 p1x1", True), ("n1 c512 o1024 x19 k3 p6 d6", False)]
 )
 def test_a_large_turned_weight_is_estimated_to_be_slow(text, slow):
-    """Of a contiguous weight, each step of the gradient for the input reads another page."""
+    """Of a contiguous weight, each step of the gradient for the input reads another page; narrow vectors wait less."""
     forward, turned = (
         direct.ALGORITHM.cost(asked_for(text, direction=direction)).seconds
         for direction in (Direction.FORWARD, Direction.GRAD_INPUT)
     )
-    assert (turned > 2 * forward) is slow
+    assert (turned > (2 if cpu.Target.host().bits == 512 else 1.2) * forward) is slow
 
 
 @both_layouts
