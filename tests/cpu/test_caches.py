@@ -9,14 +9,7 @@ from plainconv.cpu import caches
 
 @pytest.mark.parametrize(
     ("told", "expected"),
-    [
-        (512 << 10, 512 << 10),
-        (1 << 20, 1 << 20),
-        (64 << 10, 256 << 10),
-        (64 << 20, 2 << 20),
-        (0, 1 << 20),
-        (-1, 1 << 20),
-    ],
+    [(512, 512), (1024, 1024), (64, 256), (65536, 2048), (0, 1024), (-1, 1024)],
 )
 def test_what_the_system_tells(told, expected, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: told << 10, raising=False)
