@@ -1,8 +1,7 @@
 """What the suites are held to: the least geometric mean of the ratios, and the least ratio of a layer.
 
-Where the machine's own limit lies below that, LIMIT_SHARE of the limit counts instead.  That limit is one of the
-definition's products, so an algorithm with fewer of them may pass it: what counts and the target are both kept, and
-shown where they differ.  A call that torch finishes in under 25 us is held to SHORT_WORST.  On a GPU there are also
+Where the machine's own limit lies below that, LIMIT_SHARE of the limit counts instead; both are kept, and shown where
+they differ.  That limit is one of the definition's products: what passes it has fewer, and is held to the target.  A call that torch finishes in under 25 us is held to SHORT_WORST.  On a GPU there are also
 ratios within one memory format, ratios of calls from Python, and shares of the limit itself.
 """
 
@@ -195,8 +194,8 @@ class Found:
 
     @property
     def asked(self) -> float:
-        """What counts: the target, or a share of the limit where that is lower and the target is not met."""
-        return self.target if max(self.most, self.value) >= self.target else LIMIT_SHARE * self.most
+        """What counts: the target, or a share of the limit where that lies between."""
+        return LIMIT_SHARE * self.most if self.value <= self.most < self.target else self.target
 
     @property
     def good(self) -> bool:

@@ -55,7 +55,9 @@ from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
 
-TOLERANCE = 8  # units of eps that an element of the kernel may lie from the product of its lines
+# Units of eps that an element of the kernel may lie from the product of its lines, and more for one that is small beside
+# the largest: exp of a rounded number is off by as many as that is large.
+TOLERANCE = 8
 NEAR_BYTES = caches.second() * 3 // 8  # of a strip: it stays in the second cache
 LINE = 64  # bytes of a line of the cache
 
@@ -88,7 +90,9 @@ def lines(w: Tensor) -> tuple[Tensor, ...] | str:
         product = (product.unsqueeze(2) * found[-1].unsqueeze(1)).flatten(1)
     number = torch.finfo(w.dtype)
     least = 4 * number.tiny * number.eps  # where numbers have fewer digits
-    allowed = product.abs().mul_(TOLERANCE * number.eps).add_(least)
+    size = product.abs()
+    smaller = (size.amax(1, keepdim=True) / size.clamp(min=number.tiny)).log_()
+    allowed = smaller.clamp_(min=0).add_(TOLERANCE).mul_(size).mul_(number.eps).add_(least)
     off = product.sub_(flat).abs_()
     if bool((off <= allowed).all()):  # what is not finite is NaN by now
         return tuple(found)
@@ -397,7 +401,7 @@ def _error(request: Request) -> float:
     """That of the lines, and of each pass' sums; a padding mode's gradient adds what it folds."""
     problem = request.problem
     folds = problem.terms(request.direction) // problem.taps
-    return TOLERANCE + 1 + sum(summation_error(taps) for taps in (*problem.kernel, folds))
+    return TOLERANCE + math.log(problem.taps) + 1 + sum(summation_error(taps) for taps in (*problem.kernel, folds))
 
 
 def _cost(request: Request) -> Cost:

@@ -65,6 +65,8 @@ def test_the_machines_limit_counts_where_it_is_lower():
     assert (one.geomean.spared, one.spared) == (False, [])
     (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 3.9e-3, 1e-3, 0.9e-3)])
     assert one.geomean.asked == 4, "the limit is above it"
+    (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 2.5e-3, 1e-3, 1.3e-3)])
+    assert (one.good, one.geomean.asked) == (False, 4), "what passes the limit is held to the target"
     (one,) = held("forward", "float32", "seed_mnist", [row(NET[0], 4.1e-3, 1e-3, 2e-3)])
     assert (one.good, one.geomean.asked, one.geomean.spared) == (True, 4, False), "it is met beyond the limit"
 
