@@ -63,5 +63,5 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
 
 
 ALGORITHM = folding(
-    trimming(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind))
+    trimming(Algorithm("depthwise", _why_not, _cost, sum_error, _run, version=5, fuses=True, bind=_bind))
 )

@@ -34,7 +34,7 @@ _DENSE = trimming(
         products.cost,
         matrix_error,
         products.run,
-        version=3,
+        version=4,
         fuses=True,
         bind=products.bind,
         pack=products.pack,

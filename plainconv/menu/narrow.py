@@ -66,4 +66,4 @@ def _bind(request: Request, tensors: Tensors) -> Bound:
     return lanes.bind(request, tensors, _tile)
 
 
-ALGORITHM = folding(trimming(Algorithm("narrow", _why_not, _cost, sum_error, _run, version=4, fuses=True, bind=_bind)))
+ALGORITHM = folding(trimming(Algorithm("narrow", _why_not, _cost, sum_error, _run, version=5, fuses=True, bind=_bind)))
