@@ -1,8 +1,9 @@
 """What the suites are held to: the least geometric mean of the ratios, and the least ratio of a layer.
 
 Where the machine's own limit lies below that, LIMIT_SHARE of the limit counts instead; both are kept, and shown where
-they differ.  That limit is one of the definition's products: what passes it has fewer, and is held to the target.  A call that torch finishes in under 25 us is held to SHORT_WORST.  On a GPU there are also
-ratios within one memory format, ratios of calls from Python, and shares of the limit itself.
+they differ.  That limit is one of the definition's products: what passes it has fewer, and is held to the target.  A
+call that torch finishes in under 25 us is held to SHORT_WORST.  On a GPU there are also ratios within one memory
+format, ratios of calls from Python, and shares of the limit itself.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ from plainconv.menu.parts import Part, parts
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import on_forget, weigh
 
-# Units of eps that an element of the kernel may lie from the product of its lines, and more for one that is small beside
-# the largest: exp of a rounded number is off by as many as that is large.
+# Units of eps that an element of the kernel may lie from the product of its lines, and more if it is small beside the
+# largest: exp of a rounded number is off by as many as that is large.
 TOLERANCE = 8
 NEAR_BYTES = caches.second() * 3 // 8  # of a strip: it stays in the second cache
 LINE = 64  # bytes of a line of the cache

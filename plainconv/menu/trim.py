@@ -64,9 +64,13 @@ def trimmed(request: Request) -> Trim | None:
             problem.padding, taps, problem.kernel, problem.dilation, strict=True
         )
     )
-    return Trim(
+    left = Trim(
         dataclasses.replace(request, problem=dataclasses.replace(problem, kernel=kernel, padding=padding)), taps
     )
+    if request.direction is not Direction.GRAD_WEIGHT:
+        return left
+    room = max(request.max_workspace - left.room.bytes, 0)  # the rest is the part's own
+    return left._replace(request=dataclasses.replace(left.request, max_workspace=room))
 
 
 def _seeing(problem: ConvProblem, dim: int) -> tuple[int, int]:
