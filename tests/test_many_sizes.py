@@ -126,8 +126,9 @@ def test_a_thousand_volumes(algorithm, weight, groups, last, made):
     assert compiled[1] == len(made), f"new sizes went on compiling: {compiled}, {len(made)}"
 
 
-# Larger than what has kernels of its own: see the last test. Rows ask ahead from 16 vectors on, of any width.
-PICTURES = [(101 + i * 7 % 60, 263 + i * 13 % 150) for i in range(12)]
+# Larger than what has kernels of its own: see the last test. Rows of more than 16 vectors, of any width, ask ahead.
+PICTURES = [(101 + i * 7 % 60, 103 + i * 13 % 150) for i in range(12)]
+WIDE = [(high, 160 + wide) for high, wide in PICTURES]
 LINES = [(6100 + i * 397 % 6000,) for i in range(12)]
 GRADIENTS = "weight", "input"
 
@@ -148,12 +149,12 @@ def layer(name, x, weight, sizes, last=False, gradients=GRADIENTS, more=0, slow=
         layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="auto", padding=1, more=1),
         layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="auto", padding=1, last=True, more=1, slow=True),
         layer("conv2d", 16, (16, 16, 3, 3), PICTURES, algorithm="winograd", stride=2, gradients=("input",), slow=True),
-        layer("conv2d", 8, (8, 1, 3, 3), PICTURES, algorithm="auto", groups=8),
+        layer("conv2d", 8, (8, 1, 3, 3), WIDE, algorithm="auto", groups=8),
         layer("conv2d", 20, (20, 1, 3, 3), PICTURES, algorithm="auto", groups=20, last=True, slow=True),
-        layer("conv2d", 3, (6, 3, 3, 3), PICTURES, algorithm="narrow", slow=True),
+        layer("conv2d", 3, (6, 3, 3, 3), WIDE, algorithm="narrow", slow=True),
         layer("conv2d", 24, (24, 24, 3, 3), PICTURES, algorithm="direct", last=True, slow=True),
         layer("conv2d", 16, (16, 16, 7, 7), PICTURES, algorithm="fft", gradients=("input",), slow=True),
-        layer("conv2d", 3, (3, 1, 5, 5), PICTURES, algorithm="separable", groups=3, gradients=("input",)),
+        layer("conv2d", 3, (3, 1, 5, 5), WIDE, algorithm="separable", groups=3, gradients=("input",)),
         layer("conv1d", 16, (16, 16, 3), LINES, algorithm="direct", padding=1),
         layer("conv1d", 16, (16, 16, 3), LINES, algorithm="direct", stride=2, slow=True),
         layer("conv1d", 16, (16, 16, 3), LINES, algorithm="winograd", slow=True),
