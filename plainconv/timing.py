@@ -96,7 +96,8 @@ def keep_freed_memory() -> None:
 def machine() -> dict[str, str | int]:
     """What a measurement depends on: processor, cores, threads, GPU if there is one, system and versions."""
     found: dict[str, str | int] = {
-        "processor": processor(),
+        # Some processors that differ in this share a name.
+        "processor": f"{processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
