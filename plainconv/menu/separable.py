@@ -91,8 +91,8 @@ def lines(w: Tensor) -> tuple[Tensor, ...] | str:
     number = torch.finfo(w.dtype)
     least = 4 * number.tiny * number.eps  # where numbers have fewer digits
     size = product.abs()
-    smaller = (size.amax(1, keepdim=True) / size.clamp(min=number.tiny)).log_()
-    allowed = smaller.clamp_(min=0).add_(TOLERANCE).mul_(size).mul_(number.eps).add_(least)
+    powers = size.clamp(min=number.tiny).log_()
+    allowed = (powers.amax(1, keepdim=True) - powers).add_(TOLERANCE).mul_(size).mul_(number.eps).add_(least)
     off = product.sub_(flat).abs_()
     if bool((off <= allowed).all()):  # what is not finite is NaN by now
         return tuple(found)

@@ -171,7 +171,8 @@ def between_guards(module, asked, monkeypatch):
         out = guarded(
             torch.full(asked.problem.shape_of(asked.direction.makes), torch.nan, dtype=asked.dtype), at_end=at_end
         )
-        module.ALGORITHM.run(asked, Tensors(*tensors), out, torch.empty(0, dtype=torch.uint8))
+        room = torch.full((module.ALGORITHM.cost(asked).workspace,), 0xFF, dtype=torch.uint8)
+        module.ALGORITHM.run(asked, Tensors(*tensors), out, guarded(room, at_end=at_end))
         assert held, "the tables were not guarded"
         compare(module.ALGORITHM, asked, out, *tensors, to_the_bit=False)
 
