@@ -349,7 +349,7 @@ def _emit(text: str, target: Target, *, assembly: bool) -> bytes | str:
     llvm = _llvm()
     machine = _target_machine(target)
     if not target.masks:
-        text = spelled_out(text)
+        text = spelled_out(text, target.bits == 256)
     with llvm.create_context() as context, llvm.parse_assembly(text, context=context) as module:
         module.triple = target.triple
         module.data_layout = str(machine.target_data)

@@ -1,9 +1,10 @@
 """Masks for processors that have none: all lanes at once where the mask is whole, else one lane after the other.
 
 AVX-512 stores some lanes of a vector as quickly as all of them.  AVX2's instruction for it takes up to 42 steps (on
-AMD's processors; A. Fog, "Instruction tables"), and for numbers of two bytes there is none; SSE and NEON have nothing
-at all, so LLVM writes a branch for every lane.  But most masks are tails', and most of these are whole.  Kernels know
-nothing of this: functions take the place of LLVM's own, and are inlined.
+AMD's processors; A. Fog, "Instruction tables"), and for numbers of two bytes there is none, so LLVM writes a branch for
+every lane; SSE and NEON have nothing at all, but their few lanes of float are best left to LLVM, as more branches cost
+registers.  Most masks are tails', and most of these are whole.  Kernels know nothing of this: functions take the place
+of LLVM's own, and are inlined.
 """
 
 from __future__ import annotations
@@ -91,13 +92,13 @@ done:
 }}"""
 
 
-def spelled_out(text: str) -> str:
-    """A module for a processor without masks of its own: with functions where LLVM would make many branches."""
+def spelled_out(text: str, floats: bool) -> str:
+    """A module for a processor without masks of its own: functions load and store halves, and store floats, too."""
     for found in reversed(list(_DECLARED.finditer(text))):
         what, lanes, short = found.groups()
         type_, size = _TYPES[short]
-        if what == "load" and short != "i16":
-            continue  # AVX2 does that well
+        if short != "i16" and (what == "load" or not floats):
+            continue
         own = f"{what}.v{lanes}{short}.p0("
         names = {"lanes": lanes, "short": short, "type": type_, "size": size, "wide": f"i{int(lanes) * 16}"}
         if what == "load":
