@@ -85,7 +85,7 @@ def _run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> 
 
 
 def _error(request: Request) -> float:
-    """Without products of half types in the processor, torch adds the taps of its gradient for the input in the type."""
+    """Torch may adds the taps of its gradient for the input in the type."""
     error = matrix_error(request)
     if request.direction is not Direction.GRAD_INPUT or request.dtype.itemsize != 2:
         return error
