@@ -15,8 +15,8 @@ _PRODUCT = re.compile(r"\t(?:vfn?m(?:add|sub)\d+p[sd]|v?mulp[sd]|vdpbf16ps|fml[a
 def targets() -> list[Target]:
     """What this machine can be taken for, by the width of its vectors, and an ARM processor; none without LLVM.
 
-    LLVM orders instructions as the processor's name says, and some orders need more than SSE's 16 registers (docs/log.md):
-    that of one name is looked at on every machine.
+    LLVM orders instructions as the processor's name says, and some orders need more than SSE's 16 registers (see
+    docs/log.md): that of one name is looked at on every machine.
     """
     if why_not() is not None:
         return []
