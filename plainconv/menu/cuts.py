@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-from plainconv.cpu import caches
 from plainconv.cpu import compile as cpu
 from plainconv.cpu.emit import natives
 from plainconv.menu import engine
@@ -25,8 +24,8 @@ from plainconv.menu.axes import Axes, Axis, Work
 from plainconv.menu.base import ALIGNMENT
 from plainconv.menu.engine import STORED, padded
 
-STRIP_BYTES = caches.second() * 3 // 4  # what a core's own cache keeps beside the weight
-WIDE_STRIP_BYTES = caches.second() * 9 // 4  # more than this waits for the cache that cores share
+STRIP_BYTES = 768 << 10  # what a core's own cache keeps beside the weight
+WIDE_STRIP_BYTES = 9 << 18  # more than this waits for the cache that cores share
 MOST_STRIP_BYTES = 16 << 20
 MOST_IMAGES_BYTES = 64 << 20
 FEW_PRODUCTS = 128  # of a number that is read: with more, gathering takes hardly any time

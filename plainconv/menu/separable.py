@@ -30,8 +30,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from plainconv.cpu import caches, rows
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import rows
 from plainconv.cpu import separable as kernels
 from plainconv.cpu.launch import launch
 from plainconv.cpu.weight import Weight
@@ -58,7 +58,7 @@ from plainconv.remember import on_forget, weigh
 # Units of eps that an element of the kernel may lie from the product of its lines, and more if it is small beside the
 # largest: exp of a rounded number is off by as many as that is large.
 TOLERANCE = 8
-NEAR_BYTES = caches.second() * 3 // 8  # of a strip: it stays in the second cache
+NEAR_BYTES = 384 << 10  # of a strip: it stays in the second cache
 LINE = 64  # bytes of a line of the cache
 
 # Estimates, in cycles of a vector: see menu/lanes.py.

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.cpu import caches, gather, weights
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import gather, weights
 from plainconv.cpu.emit import natives
 from plainconv.cpu.launch import Job, launch_all
 from plainconv.menu import cuts, engine
@@ -29,9 +29,7 @@ from plainconv.menu.engine import STORED, padded, summed
 from plainconv.problem import ConvProblem, Request
 from plainconv.remember import on_forget, weigh
 
-STRIP_BYTES = (
-    caches.second() * 3 // 8
-)  # of the strips of a block; they stay in a core's own cache, beside the output's gradient
+STRIP_BYTES = 384 << 10  # of the strips of a block; they stay in a core's own cache, beside the output's gradient
 PLACES = 512  # of a block, of as many images as it takes
 
 # Cycles, as in plainconv/menu/cuts.py.

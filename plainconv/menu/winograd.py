@@ -29,8 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.cpu import caches, fourier, transforms
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import fourier, transforms
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch_all
 from plainconv.cpu.transforms import Along
@@ -57,10 +57,10 @@ from plainconv.problem import Direction, Request
 from plainconv.remember import on_forget, weigh
 
 MOST_STRIDE = 2
-NEAR_BYTES = caches.second() * 75 // 128  # of patches and sums of a block, which a core's own cache keeps
+NEAR_BYTES = 600 << 10  # of patches and sums of a block, which a core's own cache keeps
 LEAST_TILES = 28  # of a block, for which the weight is read once
 LEAST_SQUARES = 12  # the same of Fourier's tiles, whose patches are far larger
-HELD_BYTES = caches.second() * 25 // 64  # of a weight that is multiplied as soon as it is made
+HELD_BYTES = 400 << 10  # of a weight that is multiplied as soon as it is made
 FEW_TILES = 96  # that are not dealt to threads
 MOST_SCALARS = 8  # of the registers of a product; each has its own address
 
@@ -68,7 +68,7 @@ MOST_SCALARS = 8  # of the registers of a product; each has its own address
 CYCLES_PER_SECOND = 3.67e9
 PRODUCT = 1.06  # multiplied and added
 FAR_PATCHES = 1.4  # with patches from the cache that cores share
-FAR_BYTES = caches.second()
+FAR_BYTES = 1 << 20
 LEAST_SUMS = 8  # fewer wait for each other
 STEP = 0.5  # and of the product's loop
 FORTH = 13.0

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plainconv.cpu import caches, weights
 from plainconv.cpu import compile as cpu
+from plainconv.cpu import weights
 from plainconv.cpu import winograd_weight as kernels
 from plainconv.cpu.launch import Job, launch_all
 from plainconv.cpu.transforms import Three, three
@@ -37,8 +37,8 @@ PANEL_BYTES = 6 << 20  # of a chunk, which the cache that cores share keeps
 MOST_PANEL_BYTES = 24 << 20  # the same, if it is that or
 LEAST_TILES = 64
 MOST_JOBS = 48  # for which threads are woken once: what they are told lies on the stack
-SUMS_BYTES = caches.second() * 5 // 8  # of a block, which a core's own cache keeps
-STRIP_BYTES = caches.second() // 4
+SUMS_BYTES = 640 << 10  # of a block, which a core's own cache keeps
+STRIP_BYTES = 256 << 10
 MOST_SCALARS = 12
 LEAST_SUMS = 8  # fewer wait for each other
 

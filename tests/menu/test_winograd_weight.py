@@ -264,7 +264,8 @@ def test_the_sums_stay_in_registers(target, monkeypatch):
 @pytest.mark.parametrize(("tile", "most"), [(2, 1e-6), (4, 3e-6), (5, 6e-6)])
 def test_the_error_that_is_stated(tile, most, positive, monkeypatch):
     """Against float64, and how it grows with the tiles that are summed; narrower vectors have other, longer sums."""
-    most *= 1 if cpu.Target.host().bits == 512 else 2
+    if tile == 2 and cpu.Target.host().bits < 512:
+        most = 1.5e-6
     monkeypatch.setattr(winograd_weight, "_tile", lambda side, sizes: 1 if side.kernel == 1 else tile)
     forget()
     for size in (4, 32, 160):
