@@ -72,8 +72,8 @@ def asked_for(launches: list[tuple[Launch, tuple[Tensor | None, ...]]]) -> set[s
 
 
 @contextmanager
-def gpu(capability: int) -> Iterator[None]:
-    """As if there were such a GPU."""
+def gpu(capability: int) -> Iterator[mock.Mock]:
+    """As if there were such a GPU; what is launched is noted by what is yielded, and nothing runs."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -81,10 +81,12 @@ def gpu(capability: int) -> Iterator[None]:
         "get_current_device": f"ahead {capability}",  # kernels are remembered by it
         "get_current_stream": None,
         "get_current_target": GPUTarget("cuda", capability, 32),
+        "utils.get_device_properties": {"max_shared_mem": SHARED[capability]},
+        "utils.load_binary": (None, "function", 0, 0, 1024),  # no module, so none to unload
     }
     fake = mock.Mock(**{f"{name}.return_value": value for name, value in named.items()})
     with mock.patch.object(driver, "_active", fake):
-        yield
+        yield fake.launcher_cls.return_value
 
 
 def typical(outputs: int, direction: Direction) -> str:

@@ -8,8 +8,8 @@ once, the activation.  Sizes and strides are ordinary numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -64,25 +64,81 @@ def _no_triton() -> str | None:
     return None
 
 
+_Again = Callable[[Sequence[int]], None]  # launches what was found, given where the tensors begin
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all that it is told besides the tensors; call it with those."""
+    """A kernel with all that it is told besides the tensors; call it with those.
+
+    Triton finds the compiled kernel anew for every launch, which takes it longer than most small launches do.  So what
+    it found is kept, for each device and for which of the tensors begin at a multiple of 16 bytes; the rest of what it
+    looks at is the same in every call: types, numbers, and which tensors are None.
+    """
 
     kernel: Any
     programs: int
     numbers: tuple[int, ...]
     constants: dict[str, Any]
+    _found: dict[tuple[int, ...], _Again] = field(default_factory=dict, repr=False, compare=False)
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        self._run(tensors, warmup=False)
+    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
+        device = first.get_device()  # -1 is the CPU
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):  # kernels go to the current device, and its current stream
+                self._launch(device, first, *others)
+        else:
+            self._launch(device, first, *others)
 
-    def compiled(self, *tensors: Tensor | None) -> Any:
+    def compiled(self, first: Tensor, *others: Tensor | None) -> Any:
         """What a call with such tensors would launch."""
-        return self._run(tensors, warmup=True)
+        with torch.cuda.device_of(first):
+            return self._run((first, *others), warmup=True)
+
+    def _launch(self, device: int, *tensors: Tensor | None) -> None:
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        key = (device, *[pointer % VECTOR == 0 for pointer in pointers])
+        plain = _is_plain(self.kernel)
+        if plain and key in self._found:
+            self._found[key](pointers)
+            return
+        found = self._run(tensors, warmup=False)
+        if plain and found is not None:  # what is interpreted is not compiled
+            self._found[key] = self._again(found)
 
     def _run(self, tensors: tuple[Tensor | None, ...], warmup: bool) -> Any:
-        with torch.cuda.device_of(tensors[0]):  # kernels go to the current device, and its current stream
-            return self.kernel.run(*tensors, *self.numbers, grid=(self.programs,), warmup=warmup, **self.constants)
+        return self.kernel.run(*tensors, *self.numbers, grid=(self.programs,), warmup=warmup, **self.constants)
+
+    def _again(self, found: Any) -> _Again:
+        """What launches a compiled kernel once more, in the words of JITFunction.run; pointers may be numbers."""
+        from triton.runtime import driver
+
+        run, function, metadata = found.run, found.function, found.packed_metadata
+        constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
+        grid, told = (self.programs, 1, 1), (*self.numbers, *constants)
+
+        def again(pointers: Sequence[int]) -> None:
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            run(*grid, stream, function, metadata, None, None, None, *pointers, *told)
+
+        return again
+
+
+def _is_plain(kernel: Any) -> bool:
+    """Whether nobody told Triton to call hooks around launches, or to compile otherwise than it does by itself."""
+    from triton import knobs
+
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (
+        getattr(enter, "calls", enter)  # a chain of hooks, or one hook
+        or getattr(leave, "calls", leave)
+        or kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
 
 
 Made = tuple[int, int, int, int]  # strides of the sums of parts: part, output channel, tap, input channel
