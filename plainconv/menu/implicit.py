@@ -58,6 +58,7 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these; made: of a weight that stays."""
     room = _room(request)
     fill = matrices.implicit(request, tensors.first, strides(request))
+    lies = tensors.second.movedim(1, -1).is_contiguous()  # as [o, taps, c/g]
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype
@@ -67,9 +68,10 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         read, w, bias, residual = tensors
-        w = w.movedim(1, -1) if stays is None else stays  # [o, taps, c/g]
-        if not w.is_contiguous():
-            w = carve(workspace, [room])[0].copy_(w)
+        if stays is not None:
+            w = stays
+        elif not lies:
+            w = carve(workspace, [room])[0].copy_(w.movedim(1, -1))
         fill(read, w, in_order(bias), residual, out)
 
     return run
