@@ -86,7 +86,7 @@ def measure(request: Request, candidates: Mapping[str, Candidate]) -> dict[str, 
 def _tensors(request: Request) -> tuple[Tensors, Tensor]:
     """Tensors for a request, and one for its result; the user's random numbers are left alone."""
     problem, direction = request.problem, request.direction
-    generator = torch.Generator(request.device).manual_seed(0)
+    generator = torch.Generator(request.place).manual_seed(0)
 
     def filled(shape: tuple[int, ...]) -> Tensor:
         made = empty(shape)
@@ -100,7 +100,7 @@ def _tensors(request: Request) -> tuple[Tensors, Tensor]:
     def empty(shape: tuple[int, ...]) -> Tensor:
         last = request.channels_last and len(shape) in FORMATS
         memory_format = FORMATS[len(shape)] if last else torch.contiguous_format
-        return torch.empty(shape, dtype=request.dtype, device=request.device, memory_format=memory_format)
+        return torch.empty(shape, dtype=request.dtype, device=request.place, memory_format=memory_format)
 
     made = problem.shape_of(direction.makes)
     first, second = (filled(problem.shape_of(role)) for role in direction.given)
@@ -162,7 +162,7 @@ def _told(request: Request) -> dict[str, Any]:
         "problem": str(request.problem),
         "direction": request.direction.value,
         "dtype": str(request.dtype),
-        "device": _device(request.device, _current(request.device)),
+        "device": _device(request.device, request.gpu if torch.cuda.is_available() else None),
         "channels_last": request.channels_last,
         "has_bias": request.has_bias,
         "has_residual": request.has_residual,
@@ -181,16 +181,12 @@ def _name(request: Request) -> str:
     return hashlib.sha256(json.dumps(_told(request), sort_keys=True).encode()).hexdigest()
 
 
-def _current(device: str) -> int | None:
-    """Which GPU it is; None for the processor, and where there is none."""
-    return torch.cuda.current_device() if device != "cpu" and torch.cuda.is_available() else None
-
-
 @functools.cache
-def _device(device: str, index: int | None) -> str:
-    """What does the work: the processor and its features, or the GPU and the Triton that compiles for it."""
+def _device(device: str, gpu: int | None) -> str:
+    """What does the work: the processor and its features, or that GPU, if there is one, and the Triton that compiles
+    for it."""
     if device != "cpu":
-        name = "" if index is None else torch.cuda.get_device_name(index)
+        name = "" if gpu is None else torch.cuda.get_device_name(gpu)
         compilers = [each.version for each in distributions(name="triton")]
         return " ".join([device, name, *compilers])
     features = torch.backends.cpu.get_cpu_capability() if cpu.why_not() else cpu.Target.host().features

@@ -326,8 +326,7 @@ def _ready(
     asked = request(make, first, second, bias, make.direction)
     if made is not None or activation is not None or residual is not None:
         asked = replace(asked, packed=made is not None, activation=activation, has_residual=residual is not None)
-    with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():  # where it may be measured
-        chosen = plan(asked, make.settings.algorithm)
+    chosen = plan(asked, make.settings.algorithm)
     empty = _empty(first, make)
     shape, strides, dtype, device = tuple(empty.shape), empty.stride(), first.dtype, first.device
     how = (shape, strides)
@@ -414,6 +413,7 @@ def request(make: Make, first: Tensor, second: Tensor, bias: Tensor | None, dire
         allow_builtin=make.settings.allow_builtin,
         tf32=make.settings.precision != "highest" and _rounds(first),
         precision=make.settings.precision,
+        gpu=first.device.index or 0,
     )
 
 

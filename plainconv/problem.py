@@ -319,7 +319,7 @@ class Request:
     no such format; max_workspace is in bytes; allow_builtin lets torch's own convolution compete.  packed: the weight
     stays from call to call, so that what is made of it alone is made once, and is no part of a call.
     tf32: float32 may be rounded to TF32 before it is multiplied, as torch's switch for convolutions on CUDA says, and
-    precision, one of PRECISIONS, allows.
+    precision, one of PRECISIONS, allows.  gpu: which one, where device is "cuda"; they may be of different kinds.
     """
 
     problem: ConvProblem
@@ -336,11 +336,17 @@ class Request:
     packed: bool = False
     tf32: bool = False
     precision: str = DEFAULT_PRECISION
+    gpu: int = 0
 
     def __post_init__(self) -> None:
         if self.problem.dims not in (2, 3):
             object.__setattr__(self, "channels_last", False)
         object.__setattr__(self, "activation", settled_activation(self.activation, self.dtype))
+
+    @property
+    def place(self) -> torch.device:
+        """Where its tensors are."""
+        return torch.device("cuda", self.gpu) if self.device == "cuda" else torch.device(self.device)
 
     @property
     def makes_bias(self) -> bool:
@@ -354,6 +360,7 @@ class Request:
 
     def __str__(self) -> str:
         told = f"{self.direction.value} {self.problem} {str(self.dtype).removeprefix('torch.')} {self.device}"
+        told += f":{self.gpu}" if self.gpu else ""
         told += " as TF32" if self.tf32 else ""
         told += " channels_last" if self.channels_last else ""
         told += " prepacked" if self.packed else ""

@@ -508,7 +508,7 @@ def test_records_of_a_gpu_hold_for_its_name_and_for_the_compiler(monkeypatch):
         version = "3.6"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", ["one", "two"].__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["one", "two", "one"].__getitem__)
     monkeypatch.setattr(measure, "distributions", lambda name: [Triton])
     told = measure._device.__wrapped__
     first = told("cuda", 0)
@@ -518,8 +518,5 @@ def test_records_of_a_gpu_hold_for_its_name_and_for_the_compiler(monkeypatch):
     assert told("cpu", None) == measure._device("cpu", None)
     asked = request(ConvProblem.parse("n1 c1 o1 x3 k3"), Direction.FORWARD, torch.float32, device="cuda")
     monkeypatch.setattr(measure, "_device", functools.cache(told))
-    names = []
-    for index in (0, 1, 0):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
-        names.append(measure._name(asked))
-    assert names[0] == names[2] != names[1], "the GPU that is the current one"
+    names = [measure._name(dataclasses.replace(asked, gpu=gpu)) for gpu in (0, 1, 2)]
+    assert names[0] == names[2] != names[1], "those of one kind share them"

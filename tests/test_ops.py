@@ -40,21 +40,14 @@ def ways():
         yield answers
 
 
-def test_what_is_measured_on_a_gpu_is_measured_on_that_of_the_call(monkeypatch):
-    """And a request of a GPU does not depend on the CPU's threads."""
-    held, asked = [], []
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        held.append(tensor.device)
-        yield
-        held.pop()
+def test_a_request_knows_which_gpu_its_tensors_are_on(monkeypatch):
+    """And does not depend on the CPU's threads there."""
+    asked = []
 
     def plan(request, name):
-        asked.append((request.device, request.threads, *held))
+        asked.append((request.place, request.threads))
         raise LookupError
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(ops, "plan", plan)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     make = ops.Make(Direction.FORWARD, (1, 3, 6), ConvProblem.parse("n1 c2 o3 x8 k3").geometry)
@@ -65,8 +58,7 @@ def test_what_is_measured_on_a_gpu_is_measured_on_that_of_the_call(monkeypatch):
         )
         with pytest.raises(LookupError):
             ops.ready(first, second, None, make)
-        held.clear()
-    assert asked == [("cuda", 1, torch.device("cuda:1")), ("cpu", 7)]
+    assert asked == [(torch.device("cuda:1"), 1), (torch.device("cpu"), 7)]
 
 
 @contextlib.contextmanager

@@ -39,17 +39,17 @@ class Blocks(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": REGISTERS}
 
 
-def why_not() -> str | None:
-    """The sentence, if there is no Triton to compile kernels with, or if the GPU is too old; nothing is imported."""
-    return _no_triton() or _too_old()
+def why_not(gpu: int = 0) -> str | None:
+    """The sentence, if there is no Triton to compile kernels with, or if that GPU is too old; nothing is imported."""
+    return _no_triton() or _too_old(gpu)
 
 
-def _too_old() -> str | None:
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else LEAST
+def _too_old(gpu: int) -> str | None:
+    found = torch.cuda.get_device_capability(gpu) if torch.cuda.is_available() else LEAST
     if found >= LEAST:
         return None
     needed, has = (".".join(map(str, pair)) for pair in (LEAST, found))
-    return f"its kernels need a GPU of compute capability {needed} or newer, and the current one has {has}"
+    return f"its kernels need a GPU of compute capability {needed} or newer, and cuda:{gpu} has {has}"
 
 
 @lru_cache(1)

@@ -31,7 +31,7 @@ def why_not(request: Request) -> str | None:
     problem = request.problem
     if problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial)) > MOST_PLACES:
         return f"its kernels count at most {MOST_PLACES} places of all images together"
-    return unlike(request) or launch.why_not()
+    return unlike(request) or launch.why_not(request.gpu)
 
 
 def cost(request: Request) -> Cost:

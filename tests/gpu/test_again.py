@@ -105,7 +105,7 @@ def test_tensors_that_begin_elsewhere_have_their_own_kernel(launched, asks):
 
 
 def test_each_device_has_its_own_kernel(launched, asks):
-    made, tensors = filled()
+    made, _ = filled()
     for index, asked_for in ((0, 1), (1, 2), (0, 2), (1, 2)):
         made(*filled(index)[1])
         assert len(asks) == asked_for

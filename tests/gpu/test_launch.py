@@ -14,6 +14,7 @@ from plainconv.menu import fft
 from plainconv.menu.base import Tensors
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.remember import forget
 
 
 def asked(text, direction=Direction.FORWARD, **more):
@@ -27,7 +28,7 @@ def asked(text, direction=Direction.FORWARD, **more):
     ["n2 c3 o0 x8x8 k3x3", "n2 c0 o3 x8x8 k3x3", "n0 c3 o4 x8x8 k3x3", "n2 c4 o0 x8x8 k3x3 g4", "n2 c1 o0 x8 k3"],
 )
 def test_tensors_without_elements_have_a_cost(text, last, direction, monkeypatch):
-    monkeypatch.setattr(launch, "why_not", lambda: None)
+    monkeypatch.setattr(launch, "why_not", lambda gpu: None)
     for name in ("direct", "narrow", "depthwise"):
         request = asked(text, direction, channels_last=last)
         if BY_NAME[name].why_not(request) is None:
@@ -37,10 +38,14 @@ def test_tensors_without_elements_have_a_cost(text, last, direction, monkeypatch
 def test_gpus_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(launch, "_no_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, able in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        sentence = BY_NAME["direct"].why_not(asked("n1 c64 o64 x8x8 k3x3"))
-        assert sentence is None if able else "8.0 or newer, and the current one has 7.5" in sentence
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(8, 0), (7, 5), (12, 0)].__getitem__)
+    for gpu, able in enumerate((True, False, True)):
+        request = asked("n1 c64 o64 x8x8 k3x3", gpu=gpu)
+        sentence = BY_NAME["direct"].why_not(request)
+        assert sentence is None if able else "8.0 or newer, and cuda:1 has 7.5" in sentence
+        assert (plan(request).algorithm.name == "direct") == able, "each GPU has its own plan"
+    forget()
 
 
 class Watched(TorchDispatchMode):
