@@ -2,8 +2,12 @@
 
 The calls to compare take turns in one process on the same tensors: whatever slows the machine for a while slows all of
 them. Each has been called once before the clock starts. The median stands for a call, the quartiles for its spread.
+
+On a GPU there are two times of a call: until it is done, launches and all (`wall`), and what the device takes, to which
+everything was sent beforehand (`on_device`).
 """
 
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +24,11 @@ import torch
 from plainconv.version import __version__
 
 HEAP = (32 << 20) - (64 << 10)  # bytes; of 32 MiB and more the C library always gives memory back to the system
+AHEAD = 2_000_000  # cycles that a GPU is kept busy, at least, until what is timed is waiting for it
+CYCLES = 4e9  # in a second: more than any GPU's clock has, and twice as many as most
+LONG_S = 2e-4  # what is timed on a device lasts so long, at least; events tell half a microsecond
+MOST_CALLS = 64  # of it
+MOST_AHEAD_S = 0.05  # a GPU is not kept busy for longer: a call that took so long may have compiled first
 PACKAGES = ("numpy", "pillow", "scikit-learn", "matplotlib")
 
 
@@ -45,6 +54,39 @@ def wall(call: Callable[[], object]) -> float:
     if wait:
         wait()
     return perf_counter() - start
+
+
+def elapsed(run: Callable[[], object], ahead: int = AHEAD) -> float:
+    """Seconds that the current CUDA device works on what is sent to its current stream, after so many busy cycles."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(ahead)  # else the clock would run while the first launch is on its way
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def on_device(call: Callable[[], object]) -> float:
+    """Seconds that the current CUDA device works on a call, one of as many as take long enough to be told."""
+    start = perf_counter()
+    call()
+    sent_s = perf_counter() - start  # until all of a call is under way
+    once = elapsed(call, _cycles(sent_s))
+    calls = min(math.ceil(LONG_S / max(once, 1e-9)), MOST_CALLS, int(MOST_AHEAD_S / max(sent_s, 1e-9)))
+    if calls <= 1:
+        return once
+
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    return elapsed(run, _cycles(calls * sent_s)) / calls
+
+
+def _cycles(seconds: float) -> int:
+    """That a GPU is busy for so many seconds, or more."""
+    return AHEAD + math.ceil(CYCLES * min(seconds, MOST_AHEAD_S))
 
 
 def in_turn(

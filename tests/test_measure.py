@@ -1,5 +1,6 @@
 """Measurements: who is measured, what is kept and how it is used, and the records on disk under attack."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -501,6 +502,36 @@ def test_a_child_forked_while_another_thread_measures_measures_too():
     with open(reading) as pipe:
         assert pipe.read() == "free"
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_on_a_gpu_the_device_is_timed_and_it_is_that_of_the_request(monkeypatch):
+    held, clocked = [], []
+
+    @contextlib.contextmanager
+    def device(place):
+        held.append(place)
+        yield
+        held.pop()
+
+    def clock(call):
+        call()
+        clocked.append(tuple(held))
+        return {"quick": 1e-5, "slow": 1e-3}[running[-1]]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(measure, "on_device", clock)
+    asked = dataclasses.replace(SMALL, device="cuda", gpu=1)
+    there = measure._tensors(SMALL)
+    monkeypatch.setattr(measure, "_tensors", lambda request: there)
+    running = []
+    candidates = {
+        name: Candidate(1e-6, lambda tensors, name=name: lambda tensors, out: running.append(name))
+        for name in ("quick", "slow")
+    }
+    found = measure.measure(asked, candidates)
+    assert {name: timing.median_s for name, timing in found.items()} == {"quick": 1e-5, "slow": 1e-3}
+    assert found["quick"].calls < 10, "a turn is one look at the clock, which makes many calls"
+    assert set(clocked) == {(torch.device("cuda:1"),)}
 
 
 def test_records_of_a_gpu_hold_for_its_name_and_for_the_compiler(monkeypatch):

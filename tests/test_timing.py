@@ -54,6 +54,56 @@ def test_a_turn_may_last_and_its_first_call_does_not_count(monkeypatch):
     assert (found["long"].median_s, found["long"].calls) == (20, 2)
 
 
+class Queue:
+    """Time as a CPU and a device spend it: the CPU sends work, which the device begins when it is free."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.free_at = 0.0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                queue.work(0.0)
+                self.at = queue.free_at
+
+            def synchronize(self):
+                queue.now = max(queue.now, self.at)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 2e9))
+        monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+
+    def work(self, seconds):
+        self.free_at = max(self.free_at, self.now) + seconds
+
+    def call(self, sending, working):
+        self.now += sending
+        self.work(working)
+
+
+@pytest.mark.parametrize("working", [3e-6, 3e-4, 0.1])
+@pytest.mark.parametrize("sending", [1e-6, 4e-5, 2e-3])
+def test_a_device_is_timed_and_not_what_sends_it_work(sending, working, monkeypatch):
+    queue, calls = Queue(monkeypatch), []
+    found = timing.on_device(lambda: calls.append(0) or queue.call(sending, working))
+    assert found == pytest.approx(working)
+    many = min(timing.MOST_CALLS, int(timing.MOST_AHEAD_S / sending))
+    assert len(calls) == 2 if working > timing.LONG_S else len(calls) == 2 + many
+    assert timing.elapsed(lambda: queue.call(1e-4, working)) == pytest.approx(working)
+
+
+def test_a_call_that_compiles_is_not_waited_for_as_long_once_more(monkeypatch):
+    queue, spent = Queue(monkeypatch), iter([60.0, *[1e-5] * 99])
+    assert timing.on_device(lambda: queue.call(next(spent), 1e-4)) == pytest.approx(1e-4)
+    assert queue.now < 61
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.0000012, "1.2 µs"), (0.00123, "1.23 ms"), (0.9994, "999 ms"), (12.34, "12.3 s"), (1230, "1,230 s")],

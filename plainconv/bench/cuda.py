@@ -33,14 +33,13 @@ from plainconv.bench.device import Clock, Device, Host, Ready
 from plainconv.bench.peaks import Peaks
 from plainconv.bench.suites import Layer
 from plainconv.problem import ConvProblem
-from plainconv.timing import wall
+from plainconv.timing import elapsed, wall
 
 CACHES = 3  # times the cache's size: what tensors in rotation take
 MOST_COPIES = 256
 SHARE = 16  # of the free memory: what all copies may take, before layouts, results and graphs
 LONG_S = 2e-3  # how long what is timed lasts, at least
 MOST_CALLS = 2048  # of it
-AHEAD = 2_000_000  # cycles that a GPU is kept busy, until what is timed is waiting for it
 WIDE = {2: 8192, 4: 4096, 8: 4096}  # rows and columns of the matrices, by bytes of a number
 COPIES = tuple(1 << power for power in range(16, 31, 2))  # bytes read and written: 64 KiB to 1 GiB
 BUSY_S = 1.0  # how long it works while it is asked for its clocks
@@ -82,13 +81,7 @@ class Gpu:
 
     def elapsed(self, run: Callable[[], object]) -> float:
         """Seconds on the device."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(AHEAD)  # else the clock would run while the first launch is on its way
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+        return elapsed(run)
 
     def cache(self) -> int:
         """Bytes of the cache that all processors share."""
