@@ -235,7 +235,7 @@ def part(suite: str, of: str) -> str:
 def held(told: dict[str, Any]) -> list[bench.Held]:
     """What the thresholds say of a record."""
     rows = bench.rows_of(told)
-    return bench.held(told["direction"], told["dtype"], rows[0].layer.suite, rows)
+    return bench.held(told["direction"], told["dtype"], rows[0].layer.suite, rows, rows[0].device)
 
 
 def cell(one: bench.Held) -> str:

@@ -1,6 +1,5 @@
 """Measuring on a GPU, all but the GPU: another one, whose graphs are only calls, stands in its place."""
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -8,68 +7,23 @@ import weakref
 
 import pytest
 import torch
+from pretended import Pretended
 from typer.testing import CliRunner
 
 from plainconv import bench
 from plainconv.bench import calls, check, cuda, run, suites
 from plainconv.bench.cuda import Cuda, Graphs, Rotating
 from plainconv.bench.peaks import Peaks
-from plainconv.bench.scratch import torchs_peak
 from plainconv.bench.suites import Layer
 from plainconv.cli import app
 from plainconv.problem import ConvProblem, Direction
-from plainconv.timing import Timing, in_turn, wall
+from plainconv.timing import Timing, in_turn
 
 PEAKS = Peaks(1e11, ((1 << 15, 1e-6), (1 << 28, 1e-2)), 1e-6)
 PLAIN = Layer("tiny", "plain", ConvProblem.parse("n1 c3 o4 x9x8 k3x3 p1"))
 UP = Layer("tiny", "up", ConvProblem.parse("n2 c4 o6 x8x9 k3x3 s2 p1"), transposed=True)
 ROW = Layer("line", "row", ConvProblem.parse("n1 c4 o4 x20 k3 g4"))
 SWITCH = torch.backends.cudnn.conv
-
-
-class Pretended:
-    """What bench.cuda.Gpu is, on a CPU."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.captured, self.clocked = 0, 0
-
-    def held(self):
-        return contextlib.nullcontext()
-
-    def wait(self):
-        pass
-
-    def clear(self):
-        pass
-
-    def capture(self, fill):
-        """As a graph, it keeps nothing of what it was captured from."""
-        self.captured += 1
-        kept = weakref.ref(fill)
-
-        def replay():
-            assert kept() is not None, "replayed on memory that was freed"
-            kept()()
-
-        return replay
-
-    def elapsed(self, run):
-        self.clocked += 1
-        return wall(run)
-
-    def cache(self):
-        return 3000
-
-    def free(self):
-        return 1 << 30
-
-    def peak(self, call):
-        return torchs_peak(call)
-
-    def told(self):
-        return {"gpu": "none", "clock": "1 MHz", "driver": "1.2"}
 
 
 @pytest.fixture(autouse=True)
