@@ -78,7 +78,11 @@ def check(
 @contextlib.contextmanager
 def _small() -> Iterator[None]:
     """Tables of small tiles."""
-    tiles = {"IMPLICIT": matrices.IMPLICIT[:1], "PLACES": dict.fromkeys(matrices.PLACES, 16)}
+    tiles = {
+        "IMPLICIT": matrices.IMPLICIT[:1],
+        "PLACES": dict.fromkeys(matrices.PLACES, 16),
+        "TILES": dict.fromkeys(matrices.TILES, (16, 16)),
+    }
     lines = {"APART": (rows.Rolling(4, 16),), "BESIDE": (rows.Rolling(8, 4),)}
     with (
         mock.patch.multiple(launch, BUSY=24),

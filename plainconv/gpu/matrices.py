@@ -34,6 +34,9 @@ PLACES = {2: 128, 4: 64, 8: 32}  # of a tile, ...
 EXACT = 32  # ... and of float32 that is not rounded to TF32
 DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) of a step, at most
 
+# Of FORWARD and GRAD_INPUT: places of a tile, channels of a step; by the same, 0 is float32 that is not rounded.
+TILES = {2: (128, 64), 4: (128, 32), 8: (32, 16), 0: (64, 16)}
+
 
 def blocks_of(outputs: int) -> Blocks:
     """The row of the table for so many channels of a group."""
@@ -45,6 +48,13 @@ def tile_of(request: Request) -> tuple[int, int]:
     places, depth = PLACES[request.dtype.itemsize], DEPTH[request.dtype.itemsize]
     if request.dtype is torch.float32 and not request.tf32:
         places = EXACT
+    return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
+
+
+def product_tile_of(request: Request) -> tuple[int, int]:
+    """The same of FORWARD and GRAD_INPUT, where a pointer is all that a step keeps of a number's place."""
+    exact = request.dtype is torch.float32 and not request.tf32
+    places, depth = TILES[0 if exact else request.dtype.itemsize]
     return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
 
 
@@ -71,7 +81,7 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
     inner, outer, end, size, period, places, phases = mapped(request)
-    blocks, (rows, most), widest = blocks_of(outer), tile_of(request), VECTOR // read.dtype.itemsize
+    blocks, (rows, most), widest = blocks_of(outer), product_tile_of(request), VECTOR // read.dtype.itemsize
     depth = enough(inner, most)
     programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
 
@@ -102,6 +112,8 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             "ADJOINT": adjoint,
             "READ_LAST": read_last,
             "MADE_LAST": made_last,
+            "DIMS": problem.dims,
+            "WHOLE": inner % depth == 0,
             "INNER_UNIT": inner_unit,
             "OUTER_UNIT": outer_unit,
             "ACTIVATION": activation_of(request),

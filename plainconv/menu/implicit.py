@@ -40,7 +40,7 @@ def cost(request: Request) -> Cost:
     inner, outer, places = problem.group_in, problem.group_out, problem.out
     if request.direction is Direction.GRAD_INPUT:
         inner, outer = outer, inner
-    multiplies = padded(problem.batch * math.prod(places), matrices.tile_of(request)[0])
+    multiplies = padded(problem.batch * math.prod(places), matrices.product_tile_of(request)[0])
     multiplies *= padded(outer, matrices.blocks_of(outer).outputs)
     multiplies *= problem.groups * problem.taps * padded(inner, matrices.SHALLOWEST)
     speeds, room = machine(request), 0 if request.packed else workspace_bytes([_room(request)])

@@ -23,7 +23,7 @@ import triton.language as tl
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import offset_of, phase_of, place_of
+from plainconv.gpu.kernels.places import carried, divided, offset_of, phase_of, place_among, within
 
 
 @kernel
@@ -64,6 +64,8 @@ def implicit(
     ADJOINT: tl.constexpr,  # GRAD_INPUT
     READ_LAST: tl.constexpr,  # whether the channels of what is read are neighbours
     MADE_LAST: tl.constexpr,
+    DIMS: tl.constexpr,  # those before the last so many have one place
+    WHOLE: tl.constexpr,  # whether the channels fill all steps
     INNER_UNIT: tl.constexpr,  # channels that are moved at once
     OUTER_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -78,9 +80,14 @@ def implicit(
     MADE_UNIT: tl.constexpr = OUTER_UNIT if MADE_LAST else 1
     M: tl.constexpr = 0 if MADE_LAST else 1  # the axis of a tile that places are along
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    REGULAR: tl.constexpr = ADJOINT or MODE == "zeros"  # whether a tap moves all places alike
     SUM: tl.constexpr = tl.float64 if made.dtype.element_ty == tl.float64 else tl.float32
     inner *= INNER_UNIT
     outer *= OUTER_UNIT
+    if DIMS < 3:
+        low_d, end_d, size_d = 0, 1, 1
+    if DIMS < 2:
+        low_h, end_h, size_h = 0, 1, 1
     if READ_LAST:
         read_channel = 1
     if MADE_LAST:
@@ -97,73 +104,104 @@ def implicit(
         )
     rows = tl.cdiv(images * places_d * places_h * places_w, PLACES)  # of tiles
     columns = tl.cdiv(outer, OUTPUTS)
-    program = tl.program_id(0)
-    which = program // (rows * columns)
-    program -= which * rows * columns
-    group = (which % groups).to(tl.int64)
-    row = program // (SHARE * columns) * SHARE
-    program -= row * columns
-    share = tl.minimum(rows - row, SHARE)
-    row += program % share
-    column = program // share
+    which, program = divided(tl.program_id(0), rows * columns)
+    phase, group = divided(which, groups)
+    row, program = divided(program, SHARE * columns)
+    row *= SHARE
+    column, beside = divided(program, tl.minimum(rows - row, SHARE))
+    row += beside
 
     r_d, r_h, r_w, first_d, first_h, first_w = 0, 0, 0, 0, 0, 0
     taps_d, taps_h, taps_w = KERNEL[0], KERNEL[1], KERNEL[2]
     from_d, from_h, from_w = -low_d, -low_h, -low_w
     if ADJOINT:
-        phase = which // groups
-        r_d, r_h, r_w = phase // phases_w // phases_h, phase // phases_w % phases_h, phase % phases_w
+        phase, r_w = divided(phase, phases_w)
+        r_d, r_h = divided(phase, phases_h)
         first_d, taps_d, from_d, places_d = phase_of(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
         first_h, taps_h, from_h, places_h = phase_of(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
         first_w, taps_w, from_w, places_w = phase_of(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
 
     # -- its places and channels -------------------------------------------------------------------------------------
+    # Of a place or channel beyond the last one another is loaded in its place, and nothing is stored.
     m = row * PLACES + tl.arange(0, PLACES)
     n = column * OUTPUTS + tl.arange(0, OUTPUTS)
-    i, d, h, w = place_of(m, places_d, places_h, places_w)
-    is_place, is_made = i < images, n < outer
+    k = tl.arange(0, DEPTH)
+    count = images * places_d * places_h * places_w
+    is_made = n < outer
+    i, d, h, w = place_among(tl.minimum(m, count - 1), places_d, places_h, places_w, DIMS)
+    if ADJOINT:  # where the first tap lies, and how far each moves it
+        at_d, at_h, at_w = d + from_d, h + from_h, w + from_w
+        hop_d: tl.constexpr = -(DILATION[0] * PERIOD[0] // STRIDE[0])
+        hop_h: tl.constexpr = -(DILATION[1] * PERIOD[1] // STRIDE[1])
+        hop_w: tl.constexpr = -(DILATION[2] * PERIOD[2] // STRIDE[2])
+    else:
+        at_d, at_h, at_w = d * STRIDE[0] + from_d, h * STRIDE[1] + from_h, w * STRIDE[2] + from_w
+        hop_d: tl.constexpr = DILATION[0]
+        hop_h: tl.constexpr = DILATION[1]
+        hop_w: tl.constexpr = DILATION[2]
 
     # -- the product -------------------------------------------------------------------------------------------------
-    read += group * inner * read_channel
+    # Pointers are made before, and a step moves all of them alike; taps and channels are counted on without division.
+    group = group.to(tl.int64)
+    read += group * inner * read_channel + tl.expand_dims(k.to(tl.int64) * read_channel, M)
+    if REGULAR:
+        read += tl.expand_dims(offset_of(i, at_d, at_h, at_w, (read_i, read_d, read_h, read_w), READ_UNIT), 1 - M)
     weight += group * inner * outer * TAPS
-    steps = tl.cdiv(inner, DEPTH)
+    of_weight = tl.where(is_made, n, n % OUTER_UNIT).to(tl.int64)
+    if ADJOINT:  # weight [k, taps, n]
+        next_k, next_tap = TAPS * outer.to(tl.int64), outer
+    else:  # [n, taps, k]
+        next_k, next_tap = 1, inner
+        of_weight *= TAPS * inner.to(tl.int64)
+    weight += tl.expand_dims(k * next_k, 1 - M) + tl.expand_dims(of_weight, M)
+    first, t_d, t_h, t_w = 0, 0, 0, 0
     total = tl.zeros((PLACES, OUTPUTS) if MADE_LAST else (OUTPUTS, PLACES), SUM)
-    for step in range(taps_d * taps_h * taps_w * steps):
-        tap = step // steps
-        k = (step - tap * steps) * DEPTH + tl.arange(0, DEPTH)
-        t_d, t_h, t_w = tap // taps_w // taps_h, tap // taps_w % taps_h, tap % taps_w
-        if ADJOINT:
-            at_d = d + from_d - t_d * (DILATION[0] * PERIOD[0] // STRIDE[0])
-            at_h = h + from_h - t_h * (DILATION[1] * PERIOD[1] // STRIDE[1])
-            at_w = w + from_w - t_w * (DILATION[2] * PERIOD[2] // STRIDE[2])
+    for _ in range(taps_d * taps_h * taps_w * tl.cdiv(inner, DEPTH)):
+        u_d, u_h, u_w = at_d + t_d * hop_d, at_h + t_h * hop_h, at_w + t_w * hop_w
+        if REGULAR:
+            moved = ((t_d * hop_d) * read_d + (t_h * hop_h) * read_h + (t_w * hop_w) * read_w) * READ_UNIT
+            source = read + (moved + first * read_channel)
         else:
-            at_d = shown(d * STRIDE[0] + from_d + t_d * DILATION[0], low_d, end_d, MODE)
-            at_h = shown(h * STRIDE[1] + from_h + t_h * DILATION[1], low_h, end_h, MODE)
-            at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low_w, end_w, MODE)
-        inside = (at_d >= 0) & (at_d < end_d) & (at_h >= 0) & (at_h < end_h) & (at_w >= 0) & (at_w < end_w)
-        at = offset_of(i, at_d, at_h, at_w, (read_i, read_d, read_h, read_w), READ_UNIT)
-        channel = k.to(tl.int64) * read_channel
-        is_read = k < inner
-        factor = tl.load(
-            read + tl.expand_dims(at, 1 - M) + tl.expand_dims(channel, M),
-            mask=tl.expand_dims(is_place & inside, 1 - M) & tl.expand_dims(is_read, M),
-            other=0.0,
+            u_d = shown(u_d, low_d, end_d, MODE)
+            u_h = shown(u_h, low_h, end_h, MODE)
+            u_w = shown(u_w, low_w, end_w, MODE)
+            source = read + tl.expand_dims(
+                offset_of(i, u_d, u_h, u_w, (read_i, read_d, read_h, read_w), READ_UNIT), 1 - M
+            )
+            source += first * read_channel
+        inside = within(u_w, end_w)
+        if DIMS > 1:
+            inside &= within(u_h, end_h)
+        if DIMS > 2:
+            inside &= within(u_d, end_d)
+        inside = tl.expand_dims(inside, 1 - M)
+        t = (
+            ((first_d + t_d * PERIOD[0]) * KERNEL[1] + first_h + t_h * PERIOD[1]) * KERNEL[2]
+            + first_w
+            + t_w * PERIOD[2]
         )
-        t_d, t_h, t_w = first_d + t_d * PERIOD[0], first_h + t_h * PERIOD[1], first_w + t_w * PERIOD[2]
-        t = (t_d * KERNEL[1] + t_h) * KERNEL[2] + t_w
-        if ADJOINT:  # weight [k, taps, n]
-            along_k, along_n, of_tap = k.to(tl.int64) * (TAPS * outer), n, t * outer
-        else:  # [n, taps, k]
-            along_k, along_n, of_tap = k, n.to(tl.int64) * (TAPS * inner), t * inner
-        other = tl.load(
-            weight + of_tap + tl.expand_dims(along_k, 1 - M) + tl.expand_dims(along_n, M),
-            mask=tl.expand_dims(is_read, 1 - M) & tl.expand_dims(is_made, M),
-            other=0.0,
-        )
+        of_step = weight + (t * next_tap + first * next_k)
+        if WHOLE:
+            factor, other = tl.load(source, mask=inside, other=0.0), tl.load(of_step)
+        else:
+            is_read = k < inner - first
+            factor = tl.load(source, mask=inside & tl.expand_dims(is_read, M), other=0.0)
+            other = tl.load(of_step, mask=tl.expand_dims(is_read, 1 - M), other=0.0)
         a, b = (factor, other) if MADE_LAST else (other, factor)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=SUM)
+        first += DEPTH
+        turn = first >= inner
+        first = tl.where(turn, 0, first)
+        if KERNEL[2] > 1:
+            t_w, turn = carried(t_w, turn, taps_w)
+        if KERNEL[1] > 1:
+            t_h, turn = carried(t_h, turn, taps_h)
+        if KERNEL[0] > 1:
+            t_d, turn = carried(t_d, turn, taps_d)
 
     # -- what comes behind -------------------------------------------------------------------------------------------
+    i, d, h, w = place_among(m, places_d, places_h, places_w, DIMS)  # anew, not to be kept through the product
+    is_place = m < count
     n = group * outer + n
     if bias is not None:
         total += tl.expand_dims(tl.load(bias + n, mask=is_made, other=0.0).to(SUM), M)

@@ -11,10 +11,43 @@ def place_of(m, depth, rows, width):
 
 
 @triton.jit
+def divided(a, b):
+    """Quotient and remainder of numbers that are not negative: one division, which without a sign costs less."""
+    quotient = (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
+def place_among(m, depth, rows, width, DIMS: tl.constexpr):
+    """The same, where only the last DIMS sides have more than one place."""
+    d, h = tl.zeros_like(m), tl.zeros_like(m)
+    m, w = divided(m, width)
+    if DIMS > 1:
+        m, h = divided(m, rows)
+    if DIMS > 2:
+        m, d = divided(m, depth)
+    return m, d, h, w
+
+
+@triton.jit
 def offset_of(i, d, h, w, strides, UNIT: tl.constexpr):
     """Of a place in memory, in 64 bits; strides of image, depth, rows and width, in units."""
     i, d, h, w = i.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     return (i * strides[0] + d * strides[1] + h * strides[2] + w * strides[3]) * UNIT
+
+
+@triton.jit
+def within(q, end):
+    """Whether 0 <= q < end, in one comparison: what is negative is large without a sign."""
+    return q.to(tl.uint32) < end.to(tl.uint32)
+
+
+@triton.jit
+def carried(digit, add, base):
+    """A digit of a number that is counted on, 1 higher where `add` says so, and whether it began anew."""
+    digit += add.to(tl.int32)
+    full = digit == base
+    return tl.where(full, 0, digit), full
 
 
 @triton.jit
