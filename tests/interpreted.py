@@ -16,7 +16,7 @@ import checks
 import torch
 from guarded import guarded_inside
 
-from plainconv.gpu import launch, matrices, rows
+from plainconv.gpu import launch, matrices, rows, winograd
 from plainconv.menu.base import Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -88,6 +88,7 @@ def _small() -> Iterator[None]:
         mock.patch.multiple(launch, BUSY=24),
         mock.patch.multiple(matrices, **tiles),
         mock.patch.multiple(rows, **lines),
+        mock.patch.multiple(winograd, BESIDE=(4, 8), APART=(8, 4)),
     ):
         yield
 

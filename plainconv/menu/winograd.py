@@ -34,7 +34,7 @@ from plainconv.cpu import fourier, transforms
 from plainconv.cpu import winograd as kernels
 from plainconv.cpu.launch import launch_all
 from plainconv.cpu.transforms import Along
-from plainconv.menu import engine, winograd_weight
+from plainconv.menu import engine, tiled, winograd_weight
 from plainconv.menu.axes import Work, work
 from plainconv.menu.base import (
     ALIGNMENT,
@@ -479,6 +479,8 @@ def _why_not(request: Request) -> str | None:
     if request.dtype in (torch.bfloat16, torch.float16):
         named = str(request.dtype).removeprefix("torch.")
         return f"it loses digits of what it transforms, float32 or float64, and {named} has none to lose"
+    if request.device == "cuda":
+        return tiled.why_not(request)
     if sentence := engine.why_not(request):
         return sentence
     sides = folded(problem, False)
@@ -514,6 +516,8 @@ def growth(transforms: Sequence[Along]) -> float:
 
 def _error(request: Request) -> float:
     """Sums over channels (or tiles), of numbers that are larger than the result."""
+    if request.device == "cuda":
+        return growth(tiled.along_of(request)) * summation_error(tiled.terms(request))
     if request.direction is Direction.GRAD_WEIGHT:
         taps, tile, terms = winograd_weight.summed(request)
         return growth([transforms.ahead(k, m, 1) for k, m in zip(taps, tile, strict=True)]) * summation_error(terms)
@@ -522,6 +526,8 @@ def _error(request: Request) -> float:
 
 
 def _cost(request: Request) -> Cost:
+    if request.device == "cuda":
+        return tiled.cost(request)
     if request.direction is Direction.GRAD_WEIGHT:
         return winograd_weight.cost(request)
     return cost(request, way(request), FORTH, BACK, WEIGHT)
@@ -574,6 +580,8 @@ def cost(request: Request, cut: Way, forth: float, back: float, weigh: float) ->
 
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
+    if request.device == "cuda":
+        return tiled.bind(request, tensors)
     if request.direction is Direction.GRAD_WEIGHT:
         return winograd_weight.bind(request, tensors)
     return bind_cut(request, way(request), tensors)
@@ -581,6 +589,8 @@ def bind(request: Request, tensors: Tensors) -> Bound:
 
 def pack(request: Request, tensors: Tensors, made: Made) -> Bound:
     """The same for a weight that stays: it is transformed once, unless that is done piece by piece in the product."""
+    if request.device == "cuda":
+        return tiled.bind(request, tensors, made)
     return bind_cut(request, way(request), tensors, made)
 
 

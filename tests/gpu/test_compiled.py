@@ -1,13 +1,16 @@
 """Every row of the tables of blocks, compiled for sm_80 and sm_90: it fits, spills nothing, uses the matrix units."""
 
+from unittest import mock
+
 import pytest
 import torch
 from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, typical
+from checks import BY_NAME
 from interpreted import asked
 
 from plainconv.gpu import launch, matrices, rows
 from plainconv.menu import rolling
-from plainconv.menu.base import compute_dtype
+from plainconv.menu.base import Tensors, compute_dtype
 from plainconv.problem import FORMATS, ConvProblem, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
@@ -171,6 +174,69 @@ def test_a_new_image_size_compiles_nothing(direction, last):
     assert len(asked_for([launched(f"{text} g16", direction, torch.bfloat16, last) for text in SIZES])) == 1
     other = launched(SIZES[0].replace("k3x3", "k3x2"), direction, torch.bfloat16, last)
     assert len(asked_for([*launches, other])) == 2
+
+
+# -- winograd --------------------------------------------------------------------------------------------------------
+
+
+def in_a_call(text, direction, last, dtype=torch.float32, **more):
+    """All that a call of winograd launches: the transforms' kernels, and the product's."""
+    request = asked(text, direction, dtype, channels_last=last, has_bias=True, **more)
+    lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
+    roles = *direction.given, direction.makes
+    first, second, out = (
+        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in roles
+    )
+    bias = torch.empty(request.bias_shape, dtype=dtype, device="meta")
+    tensors = Tensors(first, second, bias, out if request.has_residual else None)
+    workspace = torch.empty(BY_NAME["winograd"].cost(request).workspace, dtype=torch.uint8, device="meta")
+    launches = []
+    with mock.patch.object(launch.Launch, "__call__", lambda call, *given: launches.append((call, given))):
+        BY_NAME["winograd"].run(request, tensors, out, workspace)
+    return launches
+
+
+PLAIN, DEEP = "n8 c64 o48 x28x28 k3x3 p1 mreflect", "n2 c64 o64 x9x14x15 k3x2x3 p1 mreflect"
+LARGEST = [
+    (text, direction, last, dtype, capability)
+    for text, directions in ((PLAIN, Direction), (DEEP, [Direction.FORWARD]))
+    for direction in directions
+    for last in (False, True)
+    for dtype in (torch.float32, torch.float64)
+    for capability in SHARED
+]
+QUICK_KINDS = (Direction.FORWARD, False), (Direction.GRAD_WEIGHT, True)
+QUICK_LARGEST = {(PLAIN, *kind, torch.float32, 90) for kind in QUICK_KINDS}
+
+
+@pytest.mark.parametrize(
+    ("text", "direction", "last", "dtype", "capability"),
+    [pytest.param(*case, marks=() if case in QUICK_LARGEST else pytest.mark.slow) for case in LARGEST],
+)
+def test_winograd_spills_nothing(text, direction, last, dtype, capability):
+    """With a border that is computed, and all that is fused."""
+    if direction is Direction.GRAD_INPUT:
+        text = text.removesuffix(" mreflect")
+    more = {} if direction is Direction.GRAD_WEIGHT else {"has_residual": True, "activation": "gelu"}
+    launches = in_a_call(text, direction, last, dtype, **more)
+    assert len(launches) == 4
+    for call, tensors in launches:
+        told = compiled(call, tensors, capability)
+        assert told.spilled == 0
+        assert told.shared <= SHARED[capability]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+def test_a_new_image_size_compiles_no_kernel_of_winograd(direction, last):
+    texts = [text.replace("k3x3 s2", "k2x3").replace("x50000x50000", "x5000x9000") for text in SIZES]
+    launches = [in_a_call(text, direction, last, torch.float64) for text in texts]
+    assert max(map(len, launches)) > 4, "the largest is cut"
+    asked_first = asked_for(launches[0])
+    assert len(asked_first) == 4
+    assert asked_for([each for call in launches for each in call]) == asked_first
+    other = in_a_call(texts[0].replace("k2x3", "k3x2"), direction, last, torch.float64)
+    assert len(asked_for([*launches[0], *other])) == 7
 
 
 def test_tf32_is_another_kernel():

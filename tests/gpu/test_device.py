@@ -36,7 +36,7 @@ from plainconv.problem import ConvProblem, Direction, Request
 
 DEVICE = "cuda"
 SWITCH = torch.backends.cudnn.conv
-OURS = ("direct", "pointwise", "narrow", "depthwise")  # kernels of our own
+OURS = ("direct", "pointwise", "narrow", "depthwise", "winograd")  # kernels of our own
 OTHERS = ("shift", "im2col", "fft", "reference")
 FAR_BYTES = 40 << 30  # of memory, for tensors of more than 2^31 elements
 
@@ -126,6 +126,21 @@ def test_few_channels(text, dtype, direction):
         request = asked(text, direction, dtype, channels_last=last)
         for name in set(able(request)) - {"direct"}:
             check(name, request, reals, channels_last if last else None)
+
+
+MANY = ("n8 c64 o48 x56x54 k3x3 p1", "n4 c48 o80 x999 k3 p1 g2", "n2 c32 o32 x9x20x21 k3x3x2 p1")
+
+
+@pytest.mark.parametrize("text", MANY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@directions
+def test_winograd_of_many_tiles(text, dtype, direction):
+    """At once, and in several chunks."""
+    for last in (False, True):
+        whole = asked(text, direction, dtype, channels_last=last)
+        check("winograd", whole, reals, channels_last if last else None)
+        room = checks.BY_NAME["winograd"].cost(whole).workspace // 2
+        check("winograd", asked(text, direction, dtype, channels_last=last, max_workspace=room), reals)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -356,7 +356,7 @@ def test_tiles_are_those_that_the_map_is_whole_of(text, tile):
 
 def test_what_is_refused_is_said():
     for text, more, words in [
-        ("n1 c2 o2 x8x8 k3x3", {"device": "cuda"}, "another device"),
+        ("n1 c2 o2 x8x8 k3x3", {"device": "mps"}, "another device"),
         ("n1 c2 o2 x8x8 k3x3", {"dtype": torch.bfloat16}, "bfloat16 has none to lose"),
         ("n1 c2 o2 x8x8 k3x3", {"dtype": torch.int32}, "not int32"),
         ("n1 c2 o2 x8x8 k3x3 s2", {"direction": Direction.GRAD_WEIGHT}, "stride 1"),
