@@ -17,6 +17,7 @@ import torch
 from guarded import guarded_inside
 
 from plainconv.gpu import launch, matrices, rows, winograd
+from plainconv.menu import implicit
 from plainconv.menu.base import Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
 
@@ -86,15 +87,21 @@ def _small() -> Iterator[None]:
     lines = {"APART": (rows.Rolling(4, 16),), "BESIDE": (rows.Rolling(8, 4),)}
     with (
         mock.patch.multiple(launch, BUSY=24),
-        mock.patch.multiple(matrices, **tiles),
+        mock.patch.multiple(matrices, **tiles, TURNED=matrices.TURNED._replace(places=16, channels=16)),
+        mock.patch.multiple(implicit, TURNED_FROM=(0, 0)),
         mock.patch.multiple(rows, **lines),
         mock.patch.multiple(winograd, BESIDE=(4, 8), APART=(8, 4)),
     ):
         yield
 
 
-def check_guarded(name: str, request: Request) -> None:
+def check_guarded(name: str, request: Request, *, small: bool = False) -> None:
     """The same between pages that end the process when they are touched, on either side."""
+    with _small() if small else contextlib.nullcontext():
+        _check_guarded(name, request)
+
+
+def _check_guarded(name: str, request: Request) -> None:
     algorithm, makes = checks.BY_NAME[name], request.problem.shape_of(request.direction.makes)
     for at_end in (True, False):
 

@@ -38,6 +38,17 @@ DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) o
 TILES = {2: (128, 64), 4: (128, 32), 8: (32, 16), 0: (64, 16)}
 
 
+class Turned(NamedTuple):
+    """A tile of kernels/turned.py."""
+
+    places: int
+    channels: int
+    blocks: Blocks
+
+
+TURNED = Turned(64, 64, Blocks(0, 4, 1))
+
+
 def blocks_of(outputs: int) -> Blocks:
     """The row of the table for so many channels of a group."""
     return next((row for row in IMPLICIT if outputs <= row.outputs), IMPLICIT[-1])
@@ -51,11 +62,14 @@ def tile_of(request: Request) -> tuple[int, int]:
     return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
 
 
-def product_tile_of(request: Request) -> tuple[int, int]:
-    """The same of FORWARD and GRAD_INPUT, where a pointer is all that a step keeps of a number's place."""
+def product_tile_of(request: Request, last: bool) -> tuple[int, int]:
+    """The same of FORWARD and GRAD_INPUT; last: whether the channels of what is read are neighbours.
+
+    Of numbers that lie apart each that a thread loads or stores takes registers for its address.
+    """
     exact = request.dtype is torch.float32 and not request.tf32
     places, depth = TILES[0 if exact else request.dtype.itemsize]
-    return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
+    return places if request.channels_last else min(places, 64), depth if last else min(depth, 32)
 
 
 def precision(request: Request) -> str:
@@ -81,11 +95,11 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
     inner, outer, end, size, period, places, phases = mapped(request)
-    blocks, (rows, most), widest = blocks_of(outer), product_tile_of(request), VECTOR // read.dtype.itemsize
+    read_last, made_last = channels_last(read, request), request.channels_last
+    blocks, (rows, most), widest = blocks_of(outer), product_tile_of(request, read_last), VECTOR // read.dtype.itemsize
     depth = enough(inner, most)
     programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
 
-    read_last, made_last = channels_last(read, request), request.channels_last
     reads = strides(read.shape, read.stride())
     makes = strides(problem.shape_of(request.direction.makes), made)
     inner_unit = math.gcd(widest, inner, *(reads if read_last else ()))
@@ -123,6 +137,26 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
             "DEPTH": depth,
             "SHARE": SHARE,
             **blocks.options,
+        },
+    )
+
+
+def turned(read: Tensor) -> Launch:
+    """What is read, lying as in the calls, with channels as neighbours; call it with that, and room for as much."""
+    from plainconv.gpu.kernels.turned import turned as kernel
+
+    images, channels, *sides = read.shape
+    unit = math.gcd(VECTOR // read.dtype.itemsize, channels)
+    return Launch(
+        kernel,
+        tiles(images * math.prod(sides), TURNED.places) * tiles(channels, TURNED.channels),
+        (images, channels // unit, *three(sides, 1), read.stride(1), *strides(tuple(read.shape), read.stride())),
+        {
+            "DIMS": len(sides),
+            "UNIT": unit,
+            "PLACES": TURNED.places,
+            "CHANNELS": TURNED.channels,
+            **TURNED.blocks.options,
         },
     )
 

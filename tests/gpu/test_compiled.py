@@ -100,6 +100,33 @@ def test_neighbouring_channels_are_moved_at_once():
     assert "st.global.v4.b32" in told.ptx
 
 
+def turned(text, direction, dtype):
+    """The two launches of a contiguous half type that is turned first, and their tensors."""
+    request = asked(text, direction, dtype, has_bias=True)
+    x, w, y = (torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta") for role in "xwy")
+    read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    room = read.movedim(1, -1).contiguous().movedim(-1, 1)
+    tensors = room, w, w, None, made
+    return [(matrices.turned(read), (read, room)), (matrices.implicit(request, room, made.stride()), tensors)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [
+        pytest.param(TYPES[name][0], capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
+        for name in ("bfloat16", "float16")
+        for capability in SHARED
+    ],
+)
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=["forward", "grad_input"])
+def test_what_is_turned_first_is_read_as_channels_last_is(direction, dtype, capability):
+    for outputs in (32, 128):
+        told = [compiled(*each, capability) for each in turned(typical(outputs, direction), direction, dtype)]
+        assert all(each.spilled == 0 and each.shared <= SHARED[capability] for each in told)
+        assert "st.global.v4.b32" in told[0].ptx
+        assert "cp.async.cg.shared.global" in told[1].ptx
+
+
 def test_a_slope_is_rounded_to_the_type_of_the_sums():
     for text in ("n2 c4 o6 x4x5 k2x3", "n2 c32 o32 x4x5 k2x3"):
         for dtype, bits in ((torch.float64, "0d3FB999999999999A"), (torch.bfloat16, "0f3DCCCCCD")):
@@ -172,6 +199,8 @@ def test_a_new_image_size_compiles_nothing(direction, last):
     assert any(number >> 31 > 0 for call, _ in launches for number in call.numbers)
     assert len(asked_for(launches)) == 1
     assert len(asked_for([launched(f"{text} g16", direction, torch.bfloat16, last) for text in SIZES])) == 1
+    if direction is not Direction.GRAD_WEIGHT and not last:
+        assert len(asked_for([each for text in SIZES for each in turned(text, direction, torch.bfloat16)])) == 2
     other = launched(SIZES[0].replace("k3x3", "k3x2"), direction, torch.bfloat16, last)
     assert len(asked_for([*launches, other])) == 2
 

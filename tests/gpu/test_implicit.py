@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
 from interpreted import asked, check, check_guarded, check_packed, far, result
 
+from plainconv.menu import implicit
 from plainconv.menu.base import FLOATS
 from plainconv.problem import ConvProblem, Direction
 
@@ -50,6 +51,39 @@ def test_types(dtype, direction, last, interpreted):
     request = asked("n2 c6 o16 x5x6 k3x3 s1x2 p1 g2", direction, dtype, channels_last=last)
     interpreted(check, "direct", request, layout=LAYOUTS[last])
     interpreted(check, "direct", request, reals, LAYOUTS[last])
+
+
+TURNED = ("n2 c40 o24 x5x4 k3x2 s1x2 p1 d2x1", "n3 c16 o32 x37 k3 p1 g2", "n2 c8 o8 x3x5x4 k2x1x2 s2x1x1 p1 mreflect")
+
+
+@maps
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("text", TURNED)
+def test_half_types_that_are_turned_first(text, dtype, direction, interpreted):
+    interpreted(check, "direct", asked(text, direction, dtype), small=True)
+    interpreted(check, "direct", asked(text, direction, dtype, has_bias=True), reals, small=True)
+    interpreted(check_guarded, "direct", asked(text, direction, dtype), small=True)
+    interpreted(check, "direct", asked(text, direction, dtype), layout=spread, small=True)
+
+
+def test_what_is_turned_may_lie_far_apart_or_be_turned_already(interpreted):
+    for layout in (far, channels_last):
+        request = asked("n2 c8 o2 x4x5 k3x2 p1 s1x2", Direction.FORWARD, torch.bfloat16)
+        interpreted(check, "direct", request, layout=layout, small=True)
+
+
+def test_what_is_turned_is_known_by_sizes_and_has_room():
+    def room(text, dtype=torch.bfloat16, **more):
+        return implicit.cost(asked(text, Direction.FORWARD, dtype, **more)).workspace
+
+    wide, weight, turned = "n8 c128 o128 x28x28 k3x3 p1", 128 * 128 * 9 * 2, 8 * 28 * 28 * 128 * 2
+    assert room(wide) == weight + turned
+    assert room(wide, packed=True) == turned
+    assert room(wide, max_workspace=weight + turned) == weight
+    assert room(wide, channels_last=True) == weight
+    assert room(wide, torch.float32) == 2 * weight
+    for few in ("n1 c128 o128 x28x28 k3x3 p1", "n64 c128 o128 x28x28 k1x1", "n8 c132 o128 x28x28 k3x3 p1"):
+        assert room(few) < math.prod(ConvProblem.parse(few).input_shape) * 2 + weight
 
 
 @maps
