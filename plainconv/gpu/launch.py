@@ -113,14 +113,15 @@ class Launch:
         """What launches a compiled kernel once more, in the words of JITFunction.run; pointers may be numbers."""
         from triton.runtime import driver
 
-        run, function, metadata = found.run, found.function, found.packed_metadata
+        run = found.run
         constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
         grid, told = (self.programs, 1, 1), (*self.numbers, *constants)
 
         def again(pointers: Sequence[int]) -> None:
             active = driver.active
             stream = active.get_current_stream(active.get_current_device())
-            run(*grid, stream, function, metadata, None, None, None, *pointers, *told)
+            # Of `found`, and not kept apart from it: Triton unloads a kernel that nobody has any more.
+            run(*grid, stream, found.function, found.packed_metadata, None, None, None, *pointers, *told)
 
         return again
 

@@ -1,5 +1,7 @@
 """A kernel that was launched before is launched again as Triton does it, without asking Triton which one it is."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 from unittest import mock
 
@@ -147,3 +149,22 @@ def test_what_is_compiled_for_a_while_is_not_kept(launched, asks):
         made(*tensors)
     made(*tensors)
     assert len(asks) == 2
+
+
+class Loaded:
+    """What Triton compiled, as far as a launch can see; when nobody has it any more, Triton unloads it."""
+
+    function, packed_metadata = "function", "metadata"
+
+    @property
+    def run(self):
+        return lambda *given: None
+
+
+def test_a_kernel_that_is_launched_again_stays_loaded(launched):
+    found = Loaded()
+    alive, again = weakref.ref(found), filled()[0]._again(found)
+    del found
+    gc.collect()
+    again((0, 0, 0, 0, 0))
+    assert alive() is not None
