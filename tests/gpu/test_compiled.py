@@ -134,6 +134,14 @@ def test_a_slope_is_rounded_to_the_type_of_the_sums():
             assert bits in told.ptx
 
 
+def test_products_are_added_in_one_instruction_whatever_triton_does_by_itself(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    for direction in (Direction.FORWARD, Direction.GRAD_WEIGHT):
+        ptx = compiled(*launched("n8 c3 o3 x64x64 k3x1", direction, torch.float32, False), 80).ptx
+        assert "fma.rn.f32" in ptx
+        assert "mul.f32" not in ptx
+
+
 LAYERS = (
     "n8 c64 o64 x28x28 k3x3 p1 g64",
     "n8 c64 o64 x28x28 k7x7 s2 p3 g64",
