@@ -105,7 +105,7 @@ def turned(text, direction, dtype):
     request = asked(text, direction, dtype, has_bias=True)
     x, w, y = (torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta") for role in "xwy")
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
-    room = read.movedim(1, -1).contiguous().movedim(-1, 1)
+    room = torch.empty(read.movedim(1, -1).shape, dtype=dtype, device="meta").movedim(-1, 1)
     tensors = room, w, w, None, made
     return [(matrices.turned(read), (read, room)), (matrices.implicit(request, room, made.stride()), tensors)]
 
