@@ -36,6 +36,7 @@ DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) o
 
 # Of FORWARD and GRAD_INPUT: places of a tile, channels of a step; by the same, 0 is float32 that is not rounded.
 TILES = {2: (128, 64), 4: (128, 32), 8: (32, 16), 0: (64, 16)}
+FEW_PLACES, FEW_CHANNELS = 64, 32  # at most, where fewer than 16 bytes are moved at once
 
 
 class Turned(NamedTuple):
@@ -69,7 +70,7 @@ def product_tile_of(request: Request, last: bool) -> tuple[int, int]:
     """
     exact = request.dtype is torch.float32 and not request.tf32
     places, depth = TILES[0 if exact else request.dtype.itemsize]
-    return places if request.channels_last else min(places, 64), depth if last else min(depth, 32)
+    return places if request.channels_last else min(places, FEW_PLACES), depth if last else min(depth, FEW_CHANNELS)
 
 
 def precision(request: Request) -> str:
@@ -97,13 +98,14 @@ def implicit(request: Request, read: Tensor, made: tuple[int, ...]) -> Launch:
     inner, outer, end, size, period, places, phases = mapped(request)
     read_last, made_last = channels_last(read, request), request.channels_last
     blocks, (rows, most), widest = blocks_of(outer), product_tile_of(request, read_last), VECTOR // read.dtype.itemsize
-    depth = enough(inner, most)
-    programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
-
     reads = strides(read.shape, read.stride())
     makes = strides(problem.shape_of(request.direction.makes), made)
     inner_unit = math.gcd(widest, inner, *(reads if read_last else ()))
     outer_unit = math.gcd(widest, outer, *(makes if made_last else ()))
+    if made_last and min(inner_unit, outer_unit) < widest:  # each number takes registers for its address here, too
+        rows, most = min(rows, FEW_PLACES), min(most, FEW_CHANNELS)
+    depth = enough(inner, most)
+    programs = tiles(problem.batch * math.prod(places), rows) * tiles(outer, blocks.outputs)
     return Launch(
         kernel,
         programs * problem.groups * phases,

@@ -94,6 +94,23 @@ def test_the_worst_case_fits(text, name, capability):
         assert told.spilled == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
+        for name in ("bfloat16", "float32 as TF32")
+        for capability in SHARED
+    ],
+)
+@pytest.mark.parametrize("text", ["n8 c512 o255 x13x13 k1x1", "n2 c65 o130 x9x11 k3x3 p1"])
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=["forward", "grad_input"])
+def test_neighbouring_channels_that_no_vector_divides_spill_nothing(direction, text, name, capability):
+    dtype, tf32 = TYPES[name]
+    told = compiled(*launched(text, direction, dtype, True, tf32), capability)
+    assert told.spilled == 0
+    assert told.shared <= SHARED[capability]
+
+
 def test_neighbouring_channels_are_moved_at_once():
     told = compiled(*launched(typical(64, Direction.FORWARD), Direction.FORWARD, torch.bfloat16, True), 90)
     assert "cp.async.cg.shared.global" in told.ptx  # 16 bytes of it, past the registers
