@@ -167,6 +167,17 @@ def test_highest_keeps_torchs_own_from_rounding_to_tf32():
     assert builtin.why_not(replace(asked, device="cuda", dtype=torch.float64)) is None
 
 
+@pytest.mark.parametrize("name", ["shift", "im2col", "fft"])
+def test_highest_lets_in_no_products_that_a_switch_may_round(name):
+    problem = ConvProblem.parse("n1 c4 o4 x9x9 k3x3 p1")
+    asked = request(problem, Direction.FORWARD, torch.float32, precision="highest")
+    why_not = BY_NAME[name].why_not
+    assert why_not(asked) is None
+    assert "torch.matmul's, which may round float32 to TF32" in why_not(replace(asked, device="cuda"))
+    assert why_not(replace(asked, device="cuda", dtype=torch.float64)) is None
+    assert why_not(replace(asked, device="cuda", precision="high")) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
 def test_highest_lets_the_definition_in(dtype):
     x, w = torch.ones(1, 4, 5, 5, dtype=dtype), torch.ones(2, 4, 4, 4, dtype=dtype)

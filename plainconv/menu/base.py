@@ -100,6 +100,17 @@ def made_once(made: Made, key: Any, size: int, fill: Callable[[Tensor], None]) -
     return kept
 
 
+def kept_tensor(made: Made, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """The same of a tensor that `make` makes, on any device."""
+    kept = made.get(key)
+    if kept is None:
+        kept = make()
+        if kept.is_cuda:  # made once it is whole: other streams may look for it
+            torch.cuda.current_stream(kept.device).synchronize()
+        made[key] = kept
+    return kept
+
+
 @contextmanager
 def kept_apart(made: Made, mark: Hashable) -> Iterator[Made]:
     """What was made of a part of the weight, or of another order of it (the mark says which), to be added to."""
@@ -270,10 +281,21 @@ def product_seconds(request: Request, multiplies: float, m: int, k: int) -> floa
 
 
 def no_integers_on_cuda(request: Request) -> str | None:
-    """A why_not for algorithms made of matrix products."""
+    """A why_not for algorithms made of torch's matrix products."""
     if request.device == "cuda" and request.dtype in INTEGERS:
         return (
             f"torch has no matrix product of {request.dtype} on CUDA; use algorithm='reference', "
             "or convert to torch.float64"
+        )
+    return may_be_rounded(request)
+
+
+def may_be_rounded(request: Request) -> str | None:
+    """The same, of all types: torch's matrix products follow a switch that may be thrown after a choice."""
+    of_singles = request.dtype in (torch.float32, torch.complex64)
+    if request.precision == "highest" and request.device == "cuda" and of_singles:
+        return (
+            "its products are torch.matmul's, which may round float32 to TF32 on CUDA, and precision='highest' "
+            "does not allow it"
         )
     return None

@@ -45,6 +45,7 @@ from plainconv.menu.base import (
     carve,
     compute_dtype,
     machine,
+    may_be_rounded,
     product_seconds,
     summation_error,
     workspace_bytes,
@@ -279,7 +280,7 @@ def _add_products(into: Tensor, a: Tensor, b: Tensor) -> None:
 def _why_not(request: Request) -> str | None:
     if request.dtype in INTEGERS:
         return f"the Fourier transform rounds, and {request.dtype} must be exact; use algorithm='im2col'"
-    return None
+    return may_be_rounded(request)
 
 
 def _cost_in_tensors(request: Request) -> Cost:

@@ -39,6 +39,7 @@ from plainconv.menu.base import (
     compute_dtype,
     finish,
     finish_seconds,
+    kept_tensor,
     laid,
     machine,
     workspace_bytes,
@@ -120,10 +121,8 @@ def folding(algorithm: Algorithm) -> Algorithm:
             return pack(request, tensors, made)
         wide, way = tensors.second, chosen(request)[0]
         if _widens(request):
-            kept = "wide", compute_dtype(request.dtype)
-            if kept not in made:
-                made[kept] = wide.to(kept[1])
-            wide = made[kept]
+            dtype = compute_dtype(request.dtype)
+            wide = kept_tensor(made, ("wide", dtype), lambda: tensors.second.to(dtype))
         return _bind(request, way, tensors, lambda asked, given: pack(asked, given, made), wide)
 
     def run(request: Request, tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 
 from plainconv.gpu import launch, matrices
-from plainconv.menu.base import Bound, Buffer, Cost, Made, Tensors, carve, machine, moved_bytes, workspace_bytes
+from plainconv.menu.base import (
+    Bound,
+    Buffer,
+    Cost,
+    Made,
+    Tensors,
+    carve,
+    kept_tensor,
+    machine,
+    moved_bytes,
+    workspace_bytes,
+)
 from plainconv.menu.engine import padded, unlike
 from plainconv.problem import FORMATS, Direction, Request
 
@@ -75,9 +86,7 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype
-        if key not in made:
-            made[key] = tensors.second.movedim(1, -1).contiguous()
-        stays = made[key]
+        stays = kept_tensor(made, key, tensors.second.movedim(1, -1).contiguous)
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         read, w, bias, residual = tensors

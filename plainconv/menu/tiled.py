@@ -42,6 +42,7 @@ from plainconv.menu.base import (
     Made,
     Tensors,
     carve,
+    kept_tensor,
     laid,
     machine,
     moved_bytes,
@@ -159,12 +160,13 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
     ]
     weigh, stays = _forth(request, "w", tensors.second, _part_of_weight(request)), None
     if made is not None:
-        key = "transformed", request.dtype, along_of(request)
-        stays = made.get(key)
-        if stays is None:
-            stays = tensors.second.new_empty(_weight(request).shape)
-            weigh(tensors.second, stays)
-            made[key] = stays  # once it is whole: other threads may look for it
+
+        def transformed() -> Tensor:
+            room = tensors.second.new_empty(_weight(request).shape)
+            weigh(tensors.second, room)
+            return room
+
+        stays = kept_tensor(made, ("transformed", request.dtype, along_of(request)), transformed)
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         read, w, bias, residual = tensors

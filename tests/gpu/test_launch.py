@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from plainconv.gpu import launch, rows
 from plainconv.menu import fft
-from plainconv.menu.base import Tensors
+from plainconv.menu.base import Tensors, kept_tensor
 from plainconv.plan import plan
 from plainconv.problem import ConvProblem, Direction, Request
 from plainconv.remember import forget
@@ -130,3 +131,15 @@ def test_parts_are_as_many_as_there_is_room_for(dtype):
         assert seen == sorted(seen, reverse=True)
         assert seen[1] == 5 * whole, "not fewer than there is room for"
         assert seen[-1] == (whole if dtype is torch.bfloat16 else 0), "a single part is the result itself"
+
+
+def test_what_is_made_once_is_whole_before_others_see_it(monkeypatch):
+    """Another stream would read it while this one still fills it."""
+    made, seen = {}, []
+    tensor = mock.Mock(is_cuda=True, device=torch.device("cuda", 1))
+    stream = mock.Mock(synchronize=lambda: seen.append(dict(made)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device == tensor.device else None)
+    for _ in range(2):
+        assert kept_tensor(made, "key", lambda: tensor) is tensor
+    assert seen == [{}]
+    assert made == {"key": tensor}
