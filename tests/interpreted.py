@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -16,7 +17,7 @@ import checks
 import torch
 from guarded import guarded_inside
 
-from plainconv.gpu import launch, matrices, rows, winograd
+from plainconv.gpu import matrices, parts, rows, taps, winograd
 from plainconv.menu import implicit
 from plainconv.menu.base import Made, Tensors
 from plainconv.problem import ConvProblem, Direction, Request
@@ -81,15 +82,17 @@ def _small() -> Iterator[None]:
     """Tables of small tiles."""
     tiles = {
         "IMPLICIT": matrices.IMPLICIT[:1],
-        "PLACES": dict.fromkeys(matrices.PLACES, 16),
         "TILES": dict.fromkeys(matrices.TILES, (16, 16)),
+        "SUMMED": dict.fromkeys(matrices.SUMMED, matrices.Summed(32, 32, 32, 16, 100)),
     }
     lines = {"APART": (rows.Rolling(4, 16),), "BESIDE": (rows.Rolling(8, 4),)}
+    sums = {"APART": (taps.Tile(4, 16, 6),), "BESIDE": (taps.Tile(8, 4, 6),)}
     with (
-        mock.patch.multiple(launch, BUSY=24),
+        mock.patch.multiple(parts, PROCESSORS=24, BEGIN=0, ADD=0, MOVED=math.inf),
         mock.patch.multiple(matrices, **tiles, TURNED=matrices.TURNED._replace(places=16, channels=16)),
         mock.patch.multiple(implicit, TURNED_FROM=(0, 0)),
         mock.patch.multiple(rows, **lines),
+        mock.patch.multiple(taps, AT_ONCE=1, **sums),
         mock.patch.multiple(winograd, BESIDE=(4, 8), APART=(8, 4)),
     ):
         yield

@@ -23,7 +23,6 @@ OLDEST = (3, 6)
 LEAST = (8, 0)  # compute capability: what the kernels are compiled for in the tests
 VECTOR = 16  # bytes that a thread moves at once, at most
 REGISTERS = 255  # of a thread, at most; left to choose, the assembler may spill, so that more threads run at once
-BUSY = 512  # programs that keep a GPU busy
 
 
 class Blocks(NamedTuple):
@@ -146,16 +145,6 @@ def _is_plain(kernel: Any) -> bool:
     )
 
 
-Made = tuple[int, int, int, int]  # strides of the sums of parts: part, output channel, tap, input channel
-
-
-def parts_of(problem: ConvProblem, count: int, depth: int, most: int) -> tuple[int, int]:
-    """Into how many parts the places are cut for so many tiles of a weight, and how many steps each of them has."""
-    steps = max(tiles(problem.batch * math.prod(problem.out), depth), 1)
-    part = tiles(steps, min(max(BUSY // max(count, 1), 1), steps, most))
-    return tiles(steps, part), part
-
-
 def tiles(size: int, tile: int) -> int:
     """How many hold all."""
     return -(-size // tile)
@@ -192,7 +181,7 @@ def mapped(request: Request) -> Map:
     problem = request.problem
     if request.direction is Direction.FORWARD:
         ones = (1,) * problem.dims
-        return Map(problem.group_in, problem.group_out, _ends(problem), problem.out, ones, problem.out, 1)
+        return Map(problem.group_in, problem.group_out, ends(problem), problem.out, ones, problem.out, 1)
     period = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
     places = tuple(map(tiles, problem.spatial, problem.stride))
     phases = math.prod(map(min, problem.spatial, problem.stride))
@@ -209,28 +198,7 @@ def compiled_for(problem: ConvProblem) -> dict[str, Any]:
     }
 
 
-def meeting(
-    problem: ConvProblem,
-    x_channel: int,
-    of_x: tuple[int, ...],
-    x_unit: int,
-    y_channel: int,
-    of_y: tuple[int, ...],
-    y_unit: int,
-) -> tuple[int, ...]:
-    """Where the places of y meet those of x, as both kernels of GRAD_WEIGHT are told."""
-    return (
-        *three((lo for lo, _ in problem.padding), 0),
-        *three(_ends(problem), 1),
-        *three(problem.out, 1),
-        x_channel,
-        *(stride // x_unit for stride in of_x),
-        y_channel,
-        *(stride // y_unit for stride in of_y),
-    )
-
-
-def _ends(problem: ConvProblem) -> tuple[int, ...]:
+def ends(problem: ConvProblem) -> tuple[int, ...]:
     """Behind the last elements of the input that negative padding leaves."""
     return tuple(size + min(hi, 0) for size, (_, hi) in zip(problem.spatial, problem.padding, strict=True))
 

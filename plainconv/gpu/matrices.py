@@ -12,29 +12,23 @@ from plainconv.gpu.launch import (
     VECTOR,
     Blocks,
     Launch,
-    Made,
     activation_of,
     channels_last,
     compiled_for,
     mapped,
-    meeting,
-    parts_of,
     strides,
     three,
     tiles,
 )
+from plainconv.gpu.parts import Made, Meeting, parts_of
 from plainconv.problem import Direction, Request
 
 SHALLOWEST = 16  # channels of a step, at least: what matrix units take
 SHARE = 8  # tiles of places that run beside each other, so that they find the weight in the cache
 # The first that holds a group's channels, or the last.
 IMPLICIT = (Blocks(16, 4, 3), Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(128, 8, 3))
-# By the bytes of a number.  Products without matrix units have both factors of a step in registers.
-PLACES = {2: 128, 4: 64, 8: 32}  # of a tile, ...
-EXACT = 32  # ... and of float32 that is not rounded to TF32
-DEPTH = {2: 64, 4: 16, 8: 16}  # channels (of a gradient for a weight: places) of a step, at most
-
-# Of FORWARD and GRAD_INPUT: places of a tile, channels of a step; by the same, 0 is float32 that is not rounded.
+# Of FORWARD and GRAD_INPUT: places of a tile, channels of a step; by the bytes of a number, 0 for float32 that is not
+# rounded to TF32.  Products without matrix units have both factors of a step in registers.
 TILES = {2: (128, 64), 4: (128, 32), 8: (32, 16), 0: (64, 16)}
 FEW_PLACES, FEW_CHANNELS = 64, 32  # at most, where fewer than 16 bytes are moved at once
 
@@ -50,26 +44,44 @@ class Turned(NamedTuple):
 TURNED = Turned(64, 64, Blocks(0, 4, 1))
 
 
+class Summed(NamedTuple):
+    """A step of a gradient for a weight."""
+
+    channels: int  # of all taps beside each other, at most, where they are neighbours
+    few: int  # the same in tiles of 4 warps
+    apart: int  # the same where fewer than 16 bytes are moved at once: each number takes registers for its address
+    depth: int  # places, at most
+    products: int  # that a multiprocessor makes in a cycle
+
+
+# By the bytes of a number, as TILES.
+SUMMED = {
+    2: Summed(128, 128, 64, 64, 1400),
+    4: Summed(128, 64, 64, 32, 700),
+    8: Summed(32, 32, 32, 16, 100),
+    0: Summed(64, 64, 32, 16, 100),
+}
+SPARE = 8  # of so many taps of a tile, one may be none
+STEP = 300  # cycles of a step, beside its products
+
+
 def blocks_of(outputs: int) -> Blocks:
     """The row of the table for so many channels of a group."""
     return next((row for row in IMPLICIT if outputs <= row.outputs), IMPLICIT[-1])
 
 
-def tile_of(request: Request) -> tuple[int, int]:
-    """Places (or channels) along a tile, depth of a step; numbers that lie apart take registers for their addresses."""
-    places, depth = PLACES[request.dtype.itemsize], DEPTH[request.dtype.itemsize]
-    if request.dtype is torch.float32 and not request.tf32:
-        places = EXACT
-    return (places, depth) if request.channels_last else (min(places, 64), min(depth, 32))
+def kind_of(request: Request) -> int:
+    """The key of the tables."""
+    return 0 if request.dtype is torch.float32 and not request.tf32 else request.dtype.itemsize
 
 
 def product_tile_of(request: Request, last: bool) -> tuple[int, int]:
-    """The same of FORWARD and GRAD_INPUT; last: whether the channels of what is read are neighbours.
+    """Places along a tile of FORWARD and GRAD_INPUT, and depth of a step.
 
-    Of numbers that lie apart each that a thread loads or stores takes registers for its address.
+    last: whether the channels of what is read are neighbours.  Of numbers that lie apart each that a thread loads or
+    stores takes registers for its address.
     """
-    exact = request.dtype is torch.float32 and not request.tf32
-    places, depth = TILES[0 if exact else request.dtype.itemsize]
+    places, depth = TILES[kind_of(request)]
     return places if request.channels_last else min(places, FEW_PLACES), depth if last else min(depth, FEW_CHANNELS)
 
 
@@ -167,19 +179,33 @@ class Split(NamedTuple):
     """How the gradient for a weight is cut: its tiles, and the long sum into parts of so many steps."""
 
     outputs: int
-    inputs: int
-    depth: int
+    inputs: int  # of each tap
+    beside: int  # taps
+    depth: int  # places of a step
     tiles: int
     parts: int
     part: int
 
 
 def split_of(request: Request, most_parts: int) -> Split:
-    """By the sizes alone: as many parts as keep a GPU busy, none of them empty."""
-    problem, (most, depth) = request.problem, tile_of(request)
-    outputs, inputs = blocks_of(problem.group_out).outputs, enough(problem.group_in, most)
-    count = problem.groups * problem.taps * tiles(problem.group_out, outputs) * tiles(problem.group_in, inputs)
-    return Split(outputs, inputs, depth, count, *parts_of(problem, count, depth, most_parts))
+    """By the sizes alone.  As many taps are beside each other as fit, unless too many places are left over."""
+    problem = request.problem
+    summed, blocks = SUMMED[kind_of(request)], blocks_of(problem.group_out)
+    outputs, depth = blocks.outputs, summed.depth
+    most = summed.few if blocks.warps == 4 else summed.channels
+    widest = VECTOR // request.dtype.itemsize
+    if not request.channels_last or problem.group_in % widest or problem.group_out % widest:
+        most, depth = summed.apart, min(depth, FEW_CHANNELS)
+    inputs, beside = enough(problem.group_in, most), 1
+    while 2 * beside * inputs <= most and tiles(problem.taps, 2 * beside) * 2 * beside * SPARE <= problem.taps * (
+        SPARE + 1
+    ):
+        beside *= 2
+    count = problem.groups * tiles(problem.taps, beside) * tiles(problem.group_out, outputs)
+    count *= tiles(problem.group_in, inputs)
+    steps = tiles(problem.batch * math.prod(problem.out), depth)
+    cycles = STEP + outputs * beside * inputs * depth / summed.products
+    return Split(outputs, inputs, beside, depth, count, *parts_of(problem, count, steps, cycles, most_parts))
 
 
 def weights(request: Request, split: Split, x: Tensor, y: Tensor, made: Made) -> Launch:
@@ -195,20 +221,23 @@ def weights(request: Request, split: Split, x: Tensor, y: Tensor, made: Made) ->
     of_x, of_y = strides(x.shape, x.stride()), strides(y.shape, y.stride())
     x_unit = math.gcd(widest, problem.group_in, *of_x) if x_last else 1
     y_unit = math.gcd(widest, problem.group_out, *of_y) if y_last else 1
+    places = Meeting.of(problem, of_x, of_y).simply(problem, x_last, y_last)
     return Launch(
         kernel,
         split.tiles * split.parts,
         (
-            problem.batch,
+            places.images,
             problem.group_in // x_unit,
             problem.group_out // y_unit,
             problem.groups,
             split.part,
-            *meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
+            *places.numbers(x.stride(1), x_unit, y.stride(1), y_unit),
             *made,
         ),
         {
             **compiled_for(problem),
+            "DIMS": places.dims,
+            "Y_DIMS": places.y_dims,
             "X_LAST": x_last,
             "Y_LAST": y_last,
             "X_UNIT": x_unit,
@@ -216,6 +245,7 @@ def weights(request: Request, split: Split, x: Tensor, y: Tensor, made: Made) ->
             "PRECISION": precision(request),
             "OUTPUTS": split.outputs,
             "INPUTS": split.inputs,
+            "BESIDE": split.beside,
             "DEPTH": split.depth,
             **blocks.options,
         },

@@ -1,4 +1,4 @@
-"""Rolling rows: the launches of kernels/rolling.py and kernels/taps.py, which need no matrix units, and their tiles."""
+"""Rolling rows: the launches of kernels/rolling.py, which needs no matrix units, and its tiles."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from plainconv.gpu.launch import (
     VECTOR,
     Blocks,
     Launch,
-    Made,
     activation_of,
     channels_last,
     compiled_for,
     mapped,
-    meeting,
-    parts_of,
     strides,
     three,
     tiles,
@@ -36,7 +33,6 @@ class Rolling(NamedTuple):
 APART = (Rolling(1, 256), Rolling(4, 128), Rolling(16, 32))
 BESIDE = (Rolling(4, 128), Rolling(16, 32), Rolling(64, 8))
 ROWS = 4  # of a tile, where there are rows
-MOST_TAPS = 16  # that a tile has sums for
 ROLLING = Blocks(0, 4, 3)
 
 
@@ -133,68 +129,3 @@ def starts_of(request: Request) -> int:
     deep, high, wide = three(mapped(request).places, 1)
     gap, _ = _gaps(request)
     return request.problem.batch * deep * tiles(high, gap * _rows(request.problem)) * gap * wide
-
-
-class Taps(NamedTuple):
-    """The same where channels are few: a tile, the taps that it has sums for, and the parts."""
-
-    tile: Rolling
-    lines: int
-    columns: int
-    tiles: int
-    parts: int
-    part: int
-
-
-def taps_of(request: Request, most_parts: int) -> Taps:
-    """By the sizes alone, as `split_of`."""
-    problem = request.problem
-    deep, high, wide = three(problem.kernel, 1)
-    columns = min(wide, MOST_TAPS)
-    lines = min(high, MOST_TAPS // columns)
-    several = request.channels_last and problem.groups > 1
-    tiled = problem.out_channels if several else problem.group_out
-    tile = rolling_of(request, tiled)
-    count = (1 if several else problem.groups) * tiles(tiled, tile.outputs) * problem.group_in
-    count *= deep * tiles(high, lines) * tiles(wide, columns)
-    return Taps(tile, lines, columns, count, *parts_of(problem, count, tile.places, most_parts))
-
-
-def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Launch:
-    """GRAD_WEIGHT without matrix units, in the parts of `taps_of`; called as `weights`."""
-    from plainconv.gpu.kernels.taps import taps as kernel
-
-    problem, widest = request.problem, VECTOR // x.dtype.itemsize
-    x_last, y_last = channels_last(x, request), channels_last(y, request)
-    each = problem.group_out if request.channels_last and problem.groups > 1 else 0
-    groups = 1 if each else problem.groups
-    of_x, of_y = strides(x.shape, x.stride()), strides(y.shape, y.stride())
-    x_unit = math.gcd(widest, *of_x) if x_last and each == problem.group_in == 1 else 1
-    y_unit = math.gcd(widest, problem.out_channels // groups, *of_y) if y_last else 1
-    return Launch(
-        kernel,
-        split.tiles * split.parts,
-        (
-            problem.batch,
-            problem.out_channels // groups // y_unit,
-            groups,
-            split.part,
-            *meeting(problem, x.stride(1), of_x, x_unit, y.stride(1), of_y, y_unit),
-            *made,
-        ),
-        {
-            **compiled_for(problem),
-            "X_LAST": x_last,
-            "Y_LAST": y_last,
-            "CHANNELS": request.channels_last,
-            "X_UNIT": x_unit,
-            "Y_UNIT": y_unit,
-            "INNER": problem.group_in,
-            "EACH": each,
-            "PLACES": split.tile.places,
-            "OUTPUTS": split.tile.outputs,
-            "LINES": split.lines,
-            "COLUMNS": split.columns,
-            **ROLLING.options,
-        },
-    )

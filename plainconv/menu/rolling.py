@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from plainconv.gpu import rows
+from plainconv.gpu import rows, taps
 from plainconv.menu import implicit, split
 from plainconv.menu.base import Bound, Cost, Tensors, machine, moved_bytes
 from plainconv.menu.engine import padded
@@ -47,7 +47,7 @@ def cost(request: Request) -> Cost:
     speeds, moved = machine(request), moved_bytes(request)
     speed = speeds.multiplies * SPEED / max(request.dtype.itemsize // 4, 1)
     if request.direction is Direction.GRAD_WEIGHT:
-        parts = rows.taps_of(request, split.most_parts(request)).parts
+        parts = taps.taps_of(request, split.most_parts(request)).parts
         return split.priced(request, parts, multiplies, speed)
     seconds = max(multiplies / speed, moved / speeds.bytes)
     return Cost(multiplies, moved, 0, speeds.call + seconds)
@@ -56,8 +56,8 @@ def cost(request: Request) -> Cost:
 def bind(request: Request, tensors: Tensors) -> Bound:
     """The call that fills a result, for tensors that lie in memory as these."""
     if request.direction is Direction.GRAD_WEIGHT:
-        cut = rows.taps_of(request, split.most_parts(request))
-        return split.added(request, cut.parts, partial(rows.taps, request, cut, tensors.first, tensors.second))
+        cut = taps.taps_of(request, split.most_parts(request))
+        return split.added(request, cut.parts, partial(taps.taps, request, cut, tensors.first, tensors.second))
     fill = rows.rolling(request, tensors.first, tensors.second, implicit.strides(request))
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:

@@ -2,8 +2,8 @@
 
     w[o, t, c]  =  sum over parts p  of  sum over m in p  of  y[m, o] * x[place(m) meets tap t, c]
 
-m counts the places of all images.  A weight has few tiles, so the long sum is cut into as many parts as keep a GPU
-busy, and as the workspace has room for; their sums lie side by side there, in the type of the sums, and are added in
+m counts the places of all images.  A weight has few tiles, so the long sum is cut into parts, as many as take the least
+time and as the workspace has room for; their sums lie side by side there, in the type of the sums, and are added in
 order.  A single part is the result itself.  How many there are depends on the sizes alone, so that the same call gives
 the same bits on the same GPU.
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from plainconv.gpu import launch, matrices
+from plainconv.gpu.parts import Made
 from plainconv.menu import implicit
 from plainconv.menu.base import (
     Bound,
@@ -41,7 +42,7 @@ from plainconv.problem import Request
 def cost(request: Request) -> Cost:
     """Sizes rounded up to those of the tiles; the sums of the parts are written, and read."""
     problem, split = request.problem, matrices.split_of(request, most_parts(request))
-    multiplies = problem.groups * problem.taps * padded(problem.group_out, split.outputs)
+    multiplies = problem.groups * padded(problem.taps, split.beside) * padded(problem.group_out, split.outputs)
     multiplies *= padded(problem.group_in, split.inputs) * padded(problem.batch * math.prod(problem.out), split.depth)
     return priced(request, split.parts, multiplies, implicit.speed(request))
 
@@ -61,7 +62,7 @@ def bind(request: Request, tensors: Tensors) -> Bound:
     return added(request, split.parts, partial(matrices.weights, request, split, tensors.first, tensors.second))
 
 
-def added(request: Request, parts: int, launched: Callable[[launch.Made], launch.Launch]) -> Bound:
+def added(request: Request, parts: int, launched: Callable[[Made], launch.Launch]) -> Bound:
     """The same, of a kernel that fills the sums of so many parts, of these strides."""
     buffers = kept(request, parts)
     if buffers:

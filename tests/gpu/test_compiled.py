@@ -8,7 +8,7 @@ from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, typical
 from checks import BY_NAME
 from interpreted import asked
 
-from plainconv.gpu import launch, matrices, rows
+from plainconv.gpu import launch, matrices, rows, taps
 from plainconv.menu import rolling
 from plainconv.menu.base import Tensors, compute_dtype
 from plainconv.problem import FORMATS, ConvProblem, Direction
@@ -37,7 +37,7 @@ def launched(text, direction, dtype, last, tf32=False, **more):
     )
     few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
     if weighs:
-        cut, fill = (rows.taps_of, rows.taps) if few else (matrices.split_of, matrices.weights)
+        cut, fill = (taps.taps_of, taps.taps) if few else (matrices.split_of, matrices.weights)
         return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
     tensors = read, w, w, made if request.has_residual else None, made
@@ -103,7 +103,7 @@ def test_the_worst_case_fits(text, name, capability):
     ],
 )
 @pytest.mark.parametrize("text", ["n8 c512 o255 x13x13 k1x1", "n2 c65 o130 x9x11 k3x3 p1"])
-@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=["forward", "grad_input"])
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
 def test_neighbouring_channels_that_no_vector_divides_spill_nothing(direction, text, name, capability):
     dtype, tf32 = TYPES[name]
     told = compiled(*launched(text, direction, dtype, True, tf32), capability)
@@ -115,6 +115,10 @@ def test_neighbouring_channels_are_moved_at_once():
     told = compiled(*launched(typical(64, Direction.FORWARD), Direction.FORWARD, torch.bfloat16, True), 90)
     assert "cp.async.cg.shared.global" in told.ptx  # 16 bytes of it, past the registers
     assert "st.global.v4.b32" in told.ptx
+    for text in (typical(128, Direction.GRAD_WEIGHT), "n8 c64 o128 x28x28 k1x1"):
+        told = compiled(*launched(text, Direction.GRAD_WEIGHT, torch.bfloat16, True), 90)
+        assert "cp.async.cg.shared.global" in told.ptx
+        assert "ld.global" not in told.ptx
 
 
 def turned(text, direction, dtype):
@@ -226,6 +230,8 @@ def test_a_new_image_size_compiles_nothing(direction, last):
     assert len(asked_for([launched(f"{text} g16", direction, torch.bfloat16, last) for text in SIZES])) == 1
     if direction is not Direction.GRAD_WEIGHT and not last:
         assert len(asked_for([each for text in SIZES for each in turned(text, direction, torch.bfloat16)])) == 2
+    lines = [launched(text.split(" k")[0] + " k1x1", direction, torch.bfloat16, last) for text in SIZES]
+    assert len(asked_for(lines)) == 1
     other = launched(SIZES[0].replace("k3x3", "k3x2"), direction, torch.bfloat16, last)
     assert len(asked_for([*launches, other])) == 2
 

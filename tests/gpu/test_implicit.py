@@ -17,6 +17,14 @@ maps = pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_I
 formats = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 LAYOUTS = {False: None, True: channels_last}
 CHANNELS = "n2 c40 o35 x5x4 k3x2 s1x2 p1"
+TILES = (
+    CHANNELS,
+    "n3 c36 o40 x5x7 k1x1 s2x1",
+    "n3 c36 o20 x5x7 k1x1",
+    "n2 c24 o40 x4x9 k3x2 s2x3 p1x2 d2x1 g2",
+    "n3 c18 o9 x2x3x5 k1x3x2 p0x1x1",
+    "n3 c9 o17 x4x5 k3x4 p1x2 mreflect",
+)
 
 
 def name(text: str) -> str:
@@ -39,7 +47,7 @@ def test_every_border_stride_and_rank(text, direction, last, interpreted):
 
 @directions
 @formats
-@pytest.mark.parametrize("text", [CHANNELS, "n3 c36 o40 x5x7 k1x1 s2x1", "n2 c24 o40 x4x9 k3x2 s2x3 p1x2 d2x1 g2"])
+@pytest.mark.parametrize("text", TILES)
 def test_many_tiles_and_steps(text, direction, last, interpreted):
     interpreted(check, name(text), asked(text, direction, channels_last=last), layout=LAYOUTS[last], small=True)
 

@@ -119,7 +119,7 @@ def test_what_is_counted_has_no_more_places_than_are_let_in(text, direction):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_are_as_many_as_there_is_room_for(dtype):
-    for text, name in (("n8 c64 o64 x28x28 k3x3 p1", "direct"), ("n8 c64 o64 x28x28 k3x3 p1 g64", "depthwise")):
+    for text, name in (("n8 c64 o64 x28x28 k3x3 p1", "direct"), ("n8 c64 o64 x56x56 k3x3 p1 g64", "depthwise")):
         request = dataclasses.replace(asked(text, Direction.GRAD_WEIGHT), dtype=dtype)
         whole = math.prod(request.problem.weight_shape) * 4
         seen = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
-from interpreted import asked, check, check_guarded, far
+from interpreted import asked, check, check_guarded, far, result
 
 from plainconv.menu.base import FLOATS
 from plainconv.problem import ConvProblem, Direction
@@ -25,7 +25,12 @@ def check_both(interpreted, text, direction, *rest, last=False, small=False, **m
 
 
 MORE = ("n2 c6 o3 x9x8 k4x3 s2x3 d3x2 p4x2 g3", "n1 c2 o2 x23x5 k9x2 d2x1 p8x1 g2")
-TILES = ("n2 c12 o12 x9x7 k3x3 p1 g12", "n2 c12 o3 x5x6 k3x2 s2x1 p1", "n1 c18 o18 x4x3 k3x3 p1 g9")
+TILES = (
+    "n2 c12 o12 x9x7 k3x3 p1 g12",
+    "n2 c12 o3 x5x6 k3x2 s2x1 p1",
+    "n1 c18 o18 x4x3 k3x3 p1 g9",
+    "n3 c5 o5 x3x5x2 k2x3x1 p1x1x0 g5",
+)
 # Each case in one direction and format, in turn; in the others it is slow.
 EVERY = [
     pytest.param(text, direction, last, marks=() if (i + 2 * j + k) % 6 in (0, 3) else pytest.mark.slow)
@@ -107,3 +112,12 @@ def test_a_missing_tap_is_seen(direction, interpreted):
         request = asked(text, direction)
         with pytest.raises(AssertionError, match="elements differ"):
             interpreted(check, name(request.problem, direction), request, blind=True)
+
+
+def test_rows_that_a_tile_has_beyond_the_last_multiply_nothing(interpreted):
+    """Tiles have four rows: the result has three, and the fourth would meet the last row of x, too."""
+    x, y = torch.ones(1, 1, 5, 3), torch.ones(1, 1, 3, 3)
+    x[..., 4, :] = torch.inf
+    request = asked("n1 c1 o1 x5x3 k3x1", Direction.GRAD_WEIGHT)
+    made = interpreted(result, "narrow", request, x, y)
+    assert made.flatten().tolist() == [9, 9, torch.inf]
