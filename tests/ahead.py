@@ -5,6 +5,7 @@ Triton asks a driver which GPU there is.  Another one answers here, and all else
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ TYPES = {
     "float32 as TF32": (torch.float32, True),
     "float64": (torch.float64, False),
 }  # and whether float32 may be rounded
+
+
+_ASKED = itertools.count()
 
 
 class Compiled(NamedTuple):
@@ -65,20 +69,21 @@ def asked_for(launches: list[tuple[Launch, tuple[Tensor | None, ...]]]) -> set[s
         keys.add(fn.name + key)
         return True  # it is taken care of
 
-    with gpu(90), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+    new = f"asked {next(_ASKED)}"  # nothing was compiled for it before
+    with gpu(90, new), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
         for launch, tensors in launches:
             launch.compiled(*tensors)
     return keys
 
 
 @contextmanager
-def gpu(capability: int) -> Iterator[mock.Mock]:
+def gpu(capability: int, name: str = "ahead") -> Iterator[mock.Mock]:
     """As if there were such a GPU; what is launched is noted by what is yielded, and nothing runs."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     named = {
-        "get_current_device": f"ahead {capability}",  # kernels are remembered by it
+        "get_current_device": f"{name} {capability}",  # kernels are remembered by it
         "get_current_stream": None,
         "get_current_target": GPUTarget("cuda", capability, 32),
         "utils.get_device_properties": {"max_shared_mem": SHARED[capability]},
