@@ -85,7 +85,11 @@ def _small() -> Iterator[None]:
         "TILES": dict.fromkeys(matrices.TILES, (16, 16)),
         "SUMMED": dict.fromkeys(matrices.SUMMED, matrices.Summed(32, 32, 32, 16, 100)),
     }
-    lines = {"APART": (rows.Rolling(4, 16),), "BESIDE": (rows.Rolling(8, 4),)}
+    lines = {
+        "TILES_OF_LINES": (rows.Tile(4, 16, 1, 2),),
+        "TILES_OF_ROWS": (rows.Tile(4, 16, 2, 2),),
+        "TILES_BESIDE": (rows.Tile(8, 4, 1, 2),),
+    }
     sums = {"APART": (taps.Tile(4, 16, 6),), "BESIDE": (taps.Tile(8, 4, 6),)}
     with (
         mock.patch.multiple(parts, PROCESSORS=24, BEGIN=0, ADD=0, MOVED=math.inf),

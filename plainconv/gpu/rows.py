@@ -19,28 +19,71 @@ from plainconv.gpu.launch import (
     three,
     tiles,
 )
-from plainconv.problem import ConvProblem, Direction, Request
+from plainconv.problem import Direction, Request
 
 
-class Rolling(NamedTuple):
-    """How many outputs and places a row of a tile has."""
+class Tile(NamedTuple):
+    """How many outputs a tile has, and in how many places threads begin, which have so many rows and columns each."""
 
     outputs: int
     places: int
+    rows: int
+    columns: int
 
 
-# The first that holds the channels, or the last: those that lie apart from each other, and neighbours.
-APART = (Rolling(1, 256), Rolling(4, 128), Rolling(16, 32))
-BESIDE = (Rolling(4, 128), Rolling(16, 32), Rolling(64, 8))
-ROWS = 4  # of a tile, where there are rows
-ROLLING = Blocks(0, 4, 3)
+# Of lines alone, of rows, and in channels_last: the first that holds the channels, or the last.
+TILES_OF_LINES = (Tile(1, 128, 1, 2), Tile(4, 64, 1, 4), Tile(16, 32, 1, 2))
+TILES_OF_ROWS = (Tile(1, 32, 8, 2), Tile(4, 32, 4, 2), Tile(16, 32, 2, 1))
+TILES_BESIDE = (Tile(4, 32, 1, 8), Tile(16, 8, 1, 8), Tile(32, 4, 1, 8))
+FEW_TAPS = 5  # along the rows: with more, a tile has fewer of them, since what is written out takes long to compile
+ACROSS = 8  # taps along the width that a row is loaded for
+ALONE = Blocks(0, 1, 3)  # a warp for each program: small maps and few channels are to busy all multiprocessors
 
 
-def rolling_of(request: Request, outputs: int) -> Rolling:
-    """The tile for so many outputs."""
-    table = BESIDE if request.channels_last else APART
-    row = next((row for row in table if outputs <= row.outputs), table[-1])
-    return row._replace(places=max(row.places * 4 // max(request.dtype.itemsize, 4), 1))
+def tile_of(request: Request, outputs: int) -> Tile:
+    """The tile of FORWARD and GRAD_INPUT for so many outputs."""
+    problem, last = request.problem, request.channels_last
+    table = TILES_BESIDE if last else TILES_OF_LINES if problem.dims == 1 else TILES_OF_ROWS
+    tile = next((tile for tile in table if outputs <= tile.outputs), table[-1])
+    if not last:
+        tile = tile._replace(outputs=max(min(outputs, tile.outputs), 1))
+        if problem.dims > 1 and problem.kernel[-2] > FEW_TAPS:
+            tile = tile._replace(rows=min(tile.rows, 4))
+    elif problem.groups == 1:  # all lanes see the same: a column at a time moves between them
+        return tile._replace(rows=4 if problem.dims > 1 else 1, columns=1)
+    wide = request.dtype.itemsize > 4 or (last and problem.stride[-1] > 1)  # registers hold half as many
+    return tile._replace(columns=max(tile.columns // 2, 1)) if wide else tile
+
+
+def _across(request: Request, tile: Tile) -> tuple[int, ...]:
+    """Into what blocks the taps along the width are cut: how many taps, how often; and those that are left, once."""
+    problem = request.problem
+    taps = problem.kernel[-1]
+    unknown = request.direction is Direction.GRAD_INPUT and problem.stride[-1] > 1  # how many a phase has
+    if unknown or (request.channels_last and problem.groups == 1):
+        return 1, taps
+    block = tiles(taps, tiles(taps, ACROSS if tile.outputs <= 4 or request.channels_last else ACROSS // 2))
+    return (block, taps // block, taps % block, 1) if taps % block else (block, taps // block)
+
+
+def _unrolled(request: Request, tile: Tile) -> int:
+    """Taps along the rows that are written out, so that the rows in registers need not move."""
+    taps = three(request.problem.kernel, 1)[1]
+    if tile.outputs == 1:
+        return taps if taps < ACROSS else tile.rows
+    return taps if tile.rows > 1 and taps <= 3 and tile.outputs <= 4 else 1
+
+
+def divisor(d: int) -> tuple[int, int]:
+    """A number, and what `quotient` of kernels/places.py is told of it: the factor, and behind it the shift.
+
+        m // d  =  m * factor >> (31 + shift)         2^shift >= d,  factor = floor(2^(31 + shift) / d) + 1 < 2^32
+
+    It is exact for m < 2^31: factor * d is above 2^(31 + shift) by d <= 2^shift at most, and m times that is less than
+    2^(31 + shift), one unit of the quotient.  Divisions of numbers that are not known before take 20 instructions.
+    """
+    shift = max(d - 1, 0).bit_length()
+    return d, (2 ** (31 + shift) // max(d, 1) + 1) << 5 | shift
 
 
 def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...]) -> Launch:
@@ -53,7 +96,7 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
     inner, outer, end, size, period, _, phases = mapped(request)
-    widest = VECTOR // read.dtype.itemsize
+    widest = VECTOR // max(read.dtype.itemsize, 4)  # of sums, that a thread keeps in registers
     read_last, made_last = channels_last(read, request), request.channels_last
     each = outer if made_last and problem.groups > 1 else 0
     groups = 1 if each else problem.groups
@@ -63,17 +106,25 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     read_unit = math.gcd(widest, *reads) if read_last and each == inner == 1 else 1
     made_unit = math.gcd(widest, tiled, *makes) if made_last else 1
 
-    gap, turn = _gaps(request)
-    tile = rolling_of(request, tiled)
-    programs = tiles(starts_of(request), tile.places)
+    tile = tile_of(request, tiled)
+    gaps, turns = zip(*(_gap(request, axis) for axis in (1, 2)), strict=True)
+    deep, down, right = starts_of(request, tile)
+    if problem.dims == 1:  # a tile is of one line
+        right = tiles(right, tile.places)
+        many = problem.batch * right
+    else:
+        many = tiles(problem.batch * deep * down * right, tile.places)
     weighs = weight.stride()
     return Launch(
         kernel,
-        programs * tiles(tiled, tile.outputs) * groups * phases,
+        many * tiles(tiled, tile.outputs) * groups * phases,
         (
             problem.batch,
             tiled // made_unit,
-            groups,
+            *divisor(many),
+            *divisor(deep),
+            *divisor(down),
+            *divisor(right),
             *three((lo for lo, _ in problem.padding), 0),
             *three(end, 1),
             *three(size, 1),
@@ -87,34 +138,38 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
         ),
         {
             **compiled_for(problem),
+            "DIMS": problem.dims,
             "PERIOD": three(period, 1),
             "ADJOINT": adjoint,
             "READ_LAST": read_last,
             "MADE_LAST": made_last,
+            "READ_ALONG": read.stride(-1) == 1 and not read_last,
+            "MADE_ALONG": made[-1] == 1 and not made_last,
+            "TAPS_ALONG": weight[:1, :1].is_contiguous(),
             "READ_UNIT": read_unit,
             "MADE_UNIT": made_unit,
             "INNER": inner,
             "EACH": each,
+            "WHOLE": tile.outputs == tiled and not made_last,
             "ACTIVATION": activation_of(request),
             "PLACES": tile.places,
             "OUTPUTS": tile.outputs,
-            "ROWS": _rows(problem),
-            "GAP": gap,
-            "TURN": turn,
-            **ROLLING.options,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "GAP": gaps,
+            "TURN": turns,
+            "ACROSS": _across(request, tile),
+            "UNROLLED": _unrolled(request, tile),
+            **ALONE.options,
         },
     )
 
 
-def _rows(problem: ConvProblem) -> int:
-    return ROWS if problem.dims > 1 else 1
-
-
-def _gaps(request: Request) -> tuple[int, int]:
-    """Rows from one of a tile to the next, and taps until it sees what that one saw: see kernels/rolling.py."""
+def _gap(request: Request, axis: int) -> tuple[int, int]:
+    """Places from one of a thread to the next, and taps until it sees what that one saw: see kernels/rolling.py."""
+    problem = request.problem
     taps, stride, dilation, period = (
-        three(sides, 1)[1]
-        for sides in (request.problem.kernel, request.problem.stride, request.problem.dilation, mapped(request).period)
+        three(sides, 1)[axis] for sides in (problem.kernel, problem.stride, problem.dilation, mapped(request).period)
     )
     if taps == 1:
         return 1, 1
@@ -124,8 +179,8 @@ def _gaps(request: Request) -> tuple[int, int]:
     return between // shared, along // shared
 
 
-def starts_of(request: Request) -> int:
-    """Places where tiles of rows begin, of all images (and of one phase)."""
+def starts_of(request: Request, tile: Tile) -> tuple[int, int, int]:
+    """In how many depths, rows and columns threads begin, in each image (and phase)."""
     deep, high, wide = three(mapped(request).places, 1)
-    gap, _ = _gaps(request)
-    return request.problem.batch * deep * tiles(high, gap * _rows(request.problem)) * gap * wide
+    (down, _), (right, _) = (_gap(request, axis) for axis in (1, 2))
+    return deep, tiles(high, down * tile.rows) * down, tiles(wide, right * tile.columns) * right

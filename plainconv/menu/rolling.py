@@ -6,7 +6,8 @@ The kernel reads all tensors as they lie, takes care of borders and strides itse
 taps pass over them: plainconv/gpu/kernels/rolling.py.  The gradient for the input is the same, in phases of the stride.
 That for the weight has a sum for each tap in registers (kernels/taps.py), and is made in parts, as split.py says.
 
-Cost: n * o * c/g * taps * out multiplies, outputs rounded up to those of a tile, and each tensor moved once.
+Cost: n * o * c/g * taps * out multiplies, outputs rounded up to those of a tile, and each tensor moved once.  Besides
+memory it is instructions that take time, of which a GPU issues as many as it has multiplications of float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from plainconv.menu.engine import padded
 from plainconv.problem import Direction, Request
 
 MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units win
-SPEED = 2.0  # products without them, beside those of float32 in matrices
+# Instructions for each output and each product, counted in the machine code for sm_90: 3x3 depthwise 32 in float32, 37
+# in bfloat16 (channels_last 27, 33), 5x5 55 and 63, 7x7 109 and 128 (88, 109); 3 to 3 channels 3x3 57.
+OUTPUT, PRODUCT = 14, 2
+SPEED = 2.0  # of the gradient for the weight: products without them, beside those of float32 in matrices
 
 
 def too_many(request: Request) -> str | None:
@@ -42,14 +46,15 @@ def cost(request: Request) -> Cost:
         inner, outer = outer, inner
     made = problem.groups * outer
     if not request.channels_last:
-        made = problem.groups * padded(outer, rows.rolling_of(request, outer).outputs)
+        made = problem.groups * padded(outer, rows.tile_of(request, outer).outputs)
     multiplies = problem.batch * math.prod(places) * made * inner * problem.taps
     speeds, moved = machine(request), moved_bytes(request)
-    speed = speeds.multiplies * SPEED / max(request.dtype.itemsize // 4, 1)
+    speed = speeds.multiplies / max(request.dtype.itemsize // 4, 1)
     if request.direction is Direction.GRAD_WEIGHT:
         parts = taps.taps_of(request, split.most_parts(request)).parts
-        return split.priced(request, parts, multiplies, speed)
-    seconds = max(multiplies / speed, moved / speeds.bytes)
+        return split.priced(request, parts, multiplies, speed * SPEED)
+    outputs = math.prod(problem.shape_of(request.direction.makes))
+    seconds = max((outputs * OUTPUT + multiplies * PRODUCT) / speed, moved / speeds.bytes)
     return Cost(multiplies, moved, 0, speeds.call + seconds)
 
 

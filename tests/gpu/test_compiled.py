@@ -176,14 +176,19 @@ LAYERS = (
 
 
 def test_the_layers_meet_every_row_of_the_tables():
-    met = {
-        (last, launched(text, direction, torch.float32, last)[0].constants["OUTPUTS"])
-        for text in LAYERS
-        for direction in Direction
-        for last in (False, True)[: ConvProblem.parse(text).dims]
-    }
-    tables = ((False, rows.APART), (True, rows.BESIDE))
-    assert met == {(last, row.outputs) for last, table in tables for row in table}
+    for last, of_maps, of_weights in (
+        (False, rows.TILES_OF_ROWS, taps.APART),
+        (True, rows.TILES_BESIDE, taps.BESIDE),
+    ):
+        layers = [text for text in LAYERS if ConvProblem.parse(text).dims > 1]
+        for table, directions in ((of_maps, list(Direction)[:2]), (of_weights, [Direction.GRAD_WEIGHT])):
+            outputs = [row.outputs for row in table]
+            met = {
+                launched(text, direction, torch.float32, last)[0].constants["OUTPUTS"]
+                for text in layers
+                for direction in directions
+            }
+            assert {next(most for most in outputs if n <= most) for n in met} == set(outputs)
 
 
 @pytest.mark.parametrize("text", LAYERS)

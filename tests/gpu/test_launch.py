@@ -105,16 +105,17 @@ def test_what_was_measured_on_a_cpu_is_not_in_the_estimates(monkeypatch):
 def test_a_dilation_along_rows_of_one_tap_means_nothing(direction):
     near = asked("n8 c64 o64 x8x16000 k1x3 d1x512 p0x512 g64", direction)
     far = asked("n8 c64 o64 x8x16000 k1x3 d512x512 p0x512 g64", direction)
-    assert rows.starts_of(near) == rows.starts_of(far) == 8 * 2 * 16000
+    tile = rows.Tile(1, 32, 4, 2)
+    assert rows.starts_of(near, tile) == rows.starts_of(far, tile) == (1, 2, 8192)
 
 
 @pytest.mark.parametrize("text", ["n1 c8 o8 x4x4096 k2x3 d16384x1 p8192x1 g8", "n1 c8 o8 x40x9 k5x3 s7x1 d9x1 p4x1 g8"])
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT])
 def test_what_is_counted_has_no_more_places_than_are_let_in(text, direction):
-    """Rows are rounded up to the dilation, which the padded rows exceed: counts stay below 2^31."""
+    """Rows and columns are rounded up to the dilation, which the padded ones exceed: counts stay below 2^31."""
     request = asked(text, direction)
-    problem = request.problem
-    assert rows.starts_of(request) < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
+    problem, starts = request.problem, math.prod(rows.starts_of(request, rows.Tile(1, 32, 1, 1)))
+    assert problem.batch * starts < 2 * problem.batch * max(math.prod(problem.padded), math.prod(problem.spatial))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

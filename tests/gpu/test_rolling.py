@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, reals, spread
+from checks import ACTIVATIONS, CASES, channels_inside, channels_last, expanded, integers, reals, spread
 from interpreted import asked, check, check_guarded, far, result
 
+from plainconv.gpu import rows
 from plainconv.menu.base import FLOATS
 from plainconv.problem import ConvProblem, Direction
 
@@ -104,6 +105,36 @@ def test_the_gradient_of_a_bias_is_made_beside_that_of_the_weight(last, interpre
 def test_a_single_part_is_written_where_it_belongs(last, interpreted):
     for text in ("n2 c6 o12 x9x8 k3x2 p1 g3", "n2 c3 o4 x20x19 k3x3 p1"):
         check_both(interpreted, text, Direction.GRAD_WEIGHT, last=last, max_workspace=0)
+
+
+@maps
+@formats
+@pytest.mark.parametrize(
+    "text", ["n1 c2 o2 x13x19 k3x11 p1x5 g2", "n1 c2 o2 x700 k9 p4 g2", "n1 c3 o7 x13x14 k11x5 p5x2"]
+)
+def test_long_kernels_are_cut_into_blocks(text, direction, last, interpreted):
+    check_both(interpreted, text, direction, last=last)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_infinite_number_is_seen_by_no_other_place(last, interpreted):
+    """A thread loads what any of its places sees."""
+    for text, stride in (("n1 c2 o2 x9x21 k3x4 p1 g2", 1), ("n1 c2 o2 x9x21 k4x9 s2 p1 g2", 2)):
+        request = asked(text, Direction.FORWARD, channels_last=last)
+        x, w = (integers(request.problem.shape_of(role), torch.float32, seed=0) for role in "xw")
+        x[:, :, 4, 10], w[w == 0] = torch.inf, 1
+        made = interpreted(result, "depthwise", request, x, w)
+        torch.testing.assert_close(made, torch.nn.functional.conv2d(x, w, None, stride, 1, groups=2), rtol=0, atol=0)
+
+
+def test_quotients_are_exact():
+    divisors = {2**k + e for k in range(31) for e in (-1, 0, 1)} | {7, 10, 1000, 641, 2**31 - 1}
+    for d in divisors - {0}:
+        _, by = rows.divisor(d)
+        assert by >> 5 < 1 << 32
+        for m in {0, 1, d - 1, d, 2 * d - 1, 2 * d, (1 << 31) // d * d - 1, (1 << 31) - 1}:
+            if m < 1 << 31:  # as `quotient` of kernels/places.py
+                assert (2 * m * (by >> 5) >> 32) >> (by & 31) == m // d, (m, d)
 
 
 @directions

@@ -30,6 +30,12 @@ def place_among(m, depth, rows, width, DIMS: tl.constexpr):
 
 
 @triton.jit
+def quotient(m, by):
+    """m // d for 0 <= m < 2^31 by a multiplication; by: what `divisor` of plainconv/gpu/rows.py makes of d."""
+    return (tl.umulhi((m * 2).to(tl.uint32), (by >> 5).to(tl.uint32)) >> (by & 31).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def offset_of(i, d, h, w, strides, UNIT: tl.constexpr):
     """Of a place in memory, in 64 bits; strides of image, depth, rows and width, in units."""
     i, d, h, w = i.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)

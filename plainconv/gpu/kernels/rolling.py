@@ -3,17 +3,23 @@
     made[m, n]  =  sum over t, k  of  read[place(m) meets tap t, k] * weight[n, t, k]
 
 m counts places of all images, n channels that are made, k those of a group that are summed over.  There is little to
-multiply for each number that is read, so what matters is to read it once.  A tile has several rows of places, GAP rows
-apart, and GAP is such that after some taps along the rows, every row of the tile sees what the next one saw before:
+multiply for each number that is read, so what matters is to read it once, and to compute little besides.  FORWARD and
+GRAD_INPUT are alike: along each dimension, place u meets tap t at
 
-    row u, tap t reads row u*A + t*B,   so   (u + GAP)*A + t*B  =  u*A + (t + TURN)*B   with   GAP*A = TURN*B
+    u*A + t*B + from          FORWARD: A the stride, B the dilation
+                              GRAD_INPUT: A = 1; phase by phase of the stride (see implicit.py), from the last tap on
 
-So for each channel and column of the kernel, the rows in registers move up by one from tap to tap, and one is loaded.
-FORWARD has A the stride and B the dilation.  GRAD_INPUT goes phase by phase of the stride (see implicit.py), whose
-taps lie the other way round, so it begins with the last; A is 1 there.
+A thread has ROWS x COLUMNS places, GAP apart, and GAP is such that after some taps each of them sees what its
+neighbour saw before:
 
-Lanes are places, one behind the other through the rows of all images, or in channels_last neighbouring channels: of one
-group, which share what is read, or (EACH) of several, each of which reads channels of its own.
+    (u + GAP)*A + t*B  =  u*A + (t + TURN)*B        with   GAP*A = TURN*B
+
+So for each channel, the rows in registers move up by one from tap to tap, and one is loaded: of its columns as many as
+the COLUMNS places see through ACROSS taps.
+
+Lanes are places, one behind the other through the rows of all images, and each thread makes OUTPUTS channels.  Or in
+channels_last, lanes are neighbouring channels: of one group, which share what is read, or (EACH) of several, each of
+which reads channels of its own.
 """
 
 import triton
@@ -22,24 +28,53 @@ import triton.language as tl
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import offset_of, phase_of, place_of, repeated
+from plainconv.gpu.kernels.places import offset_of, phase_of, quotient, repeated, within
+
+NOWHERE = tl.constexpr(-(1 << 31))  # so far before every image that the places behind it are outside, too
 
 
 @triton.jit
-def _loaded(pointers, inside, h, low, end, stride, MODE: tl.constexpr, ADJOINT: tl.constexpr, M: tl.constexpr):
-    """Of a row h for each place, what it shows."""
-    if not ADJOINT:
+def _first(q, GAP: tl.constexpr, TIMES: tl.constexpr):
+    """Of the places of a thread, TIMES of them, GAP apart."""
+    return q // GAP * (GAP * TIMES) + q % GAP
+
+
+@triton.jit
+def _turned(r, low, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, PERIOD: tl.constexpr):
+    """A phase of GRAD_INPUT from its last tap on: that tap, how many there are, where it reads for u = 0, places."""
+    if STRIDE == 1:
+        return KERNEL - 1, KERNEL, low - (KERNEL - 1) * DILATION, size
+    else:
+        first, taps, at, places = phase_of(r, low, size, KERNEL, STRIDE, DILATION, PERIOD)
+        return first + (taps - 1) * PERIOD, taps, at - (taps - 1) * (DILATION * PERIOD // STRIDE), places
+
+
+@triton.jit
+def _row(pointers, h, places, offsets, low, end, limit, stride, MODE: tl.constexpr, SUM: tl.constexpr):
+    """What a row shows at its columns; places: which they are, below the limit if they are inside."""
+    if MODE != "zeros":
         h = shown(h, low, end, MODE)
-    pointers += tl.expand_dims(h.to(tl.int64) * stride, 1 - M)
-    return tl.load(pointers, mask=inside & tl.expand_dims((h >= 0) & (h < end), 1 - M), other=0.0)
+        pointers += h.to(tl.int64) * stride
+    limit = tl.where(within(h, end), limit, 0)
+    row = ()
+    for e in tl.static_range(len(places)):
+        row = row + (tl.load(pointers + offsets[e], mask=within(places[e], limit), other=0.0).to(SUM),)
+    return row
 
 
 @triton.jit
-def _added(total, window, factor):
-    """Each row's sums, with what it sees."""
+def _added(total, window, factors, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURN: tl.constexpr):
+    """The sums of each channel, row and column, with what they see through a row of taps."""
+    WIDE: tl.constexpr = len(window) // ROWS
+    TAPS: tl.constexpr = WIDE - (COLUMNS - 1) * TURN
     made = ()
-    for j in tl.static_range(len(total)):
-        made = made + (total[j] + window[j] * factor,)
+    for n in tl.static_range(len(total) // (ROWS * COLUMNS)):
+        for j in tl.static_range(ROWS):
+            for c in tl.static_range(COLUMNS):
+                v = total[(n * ROWS + j) * COLUMNS + c]
+                for t in tl.static_range(TAPS):
+                    v = tl.fma(window[j * WIDE + c * TURN + t], factors[n * TAPS + t], v)
+                made = made + (v,)
     return made
 
 
@@ -52,7 +87,14 @@ def rolling(
     made,  # y or x
     images: tl.int32,
     outer: tl.int32,  # channels that tiles are of, a group's or (EACH) all, in MADE_UNITs
-    groups: tl.int32,  # that have tiles of their own
+    tiles: tl.int32,  # of the places of a phase, and what `quotient` is told of that number
+    tiles_by: tl.int64,
+    starts_d: tl.int32,  # places where threads begin: depth, rows, width
+    starts_d_by: tl.int64,
+    starts_h: tl.int32,
+    starts_h_by: tl.int64,
+    starts_w: tl.int32,
+    starts_w_by: tl.int64,
     low_d: tl.int32,  # padding before: depth, rows, width
     low_h: tl.int32,
     low_w: tl.int32,
@@ -77,135 +119,230 @@ def rolling(
     weight_d: tl.int64,
     weight_h: tl.int64,
     weight_w: tl.int64,
+    DIMS: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
     PERIOD: tl.constexpr,  # from one tap of a phase to the next
     MODE: tl.constexpr,
-    ADJOINT: tl.constexpr,  # GRAD_INPUT
+    ADJOINT: tl.constexpr,  # GRAD_INPUT, of padding with zeros
     READ_LAST: tl.constexpr,  # whether the channels of what is read are neighbours
     MADE_LAST: tl.constexpr,
+    READ_ALONG: tl.constexpr,  # whether places along the width are
+    MADE_ALONG: tl.constexpr,
+    TAPS_ALONG: tl.constexpr,  # whether taps lie one behind the other
     READ_UNIT: tl.constexpr,  # channels that are moved at once
     MADE_UNIT: tl.constexpr,
     INNER: tl.constexpr,  # channels of a group that are summed over
     EACH: tl.constexpr,  # channels of a group that are made, where a tile has several groups; else 0
+    WHOLE: tl.constexpr,  # whether a tile has no more channels than there are
     ACTIVATION: tl.constexpr,
-    PLACES: tl.constexpr,  # of each row of a tile
+    PLACES: tl.constexpr,  # first ones of threads, in a tile
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
-    GAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GAP: tl.constexpr,  # of rows and of columns
     TURN: tl.constexpr,
+    ACROSS: tl.constexpr,  # blocks of taps along the width that a row is loaded for: how many taps, how often
+    UNROLLED: tl.constexpr,  # taps along the rows that are written out
 ):
     """A tile of the result for each program."""
-    M: tl.constexpr = 0 if MADE_LAST else 1  # the axis of a tile that places are along
-    OWN: tl.constexpr = OUTPUTS if EACH else 1  # channels of a tile that read channels of their own
+    MANY: tl.constexpr = 1 if MADE_LAST else OUTPUTS  # channels that each thread makes, one behind the other
     SUM: tl.constexpr = tl.float64 if made.dtype.element_ty == tl.float64 else tl.float32
+    BORDER: tl.constexpr = "zeros" if ADJOINT else MODE
+    A_D: tl.constexpr = 1 if ADJOINT else STRIDE[0]
+    A_H: tl.constexpr = 1 if ADJOINT else STRIDE[1]
+    A_W: tl.constexpr = 1 if ADJOINT else STRIDE[2]
+    B_D: tl.constexpr = DILATION[0] * PERIOD[0] // STRIDE[0] if ADJOINT else DILATION[0]
+    B_H: tl.constexpr = DILATION[1] * PERIOD[1] // STRIDE[1] if ADJOINT else DILATION[1]
+    B_W: tl.constexpr = DILATION[2] * PERIOD[2] // STRIDE[2] if ADJOINT else DILATION[2]
+    STEP_D: tl.constexpr = -PERIOD[0] if ADJOINT else 1  # of the weight, from one tap to the next
+    STEP_H: tl.constexpr = -PERIOD[1] if ADJOINT else 1
+    STEP_W: tl.constexpr = -PERIOD[2] if ADJOINT else 1
     outer *= MADE_UNIT
     if READ_LAST:
         read_channel = 1
     if MADE_LAST:
         made_channel = 1
+    if READ_ALONG:
+        read_w = 1
+    if MADE_ALONG:
+        made_w = 1
+    if TAPS_ALONG:
+        weight_d, weight_h, weight_w = KERNEL[1] * KERNEL[2], KERNEL[2], 1
 
-    # -- which phase, group and tile ---------------------------------------------------------------------------------
-    places_d, places_h, places_w = size_d, size_h, size_w  # of a phase; none has more than the first
-    if ADJOINT:
-        phases_h, phases_w = tl.minimum(size_h, STRIDE[1]), tl.minimum(size_w, STRIDE[2])
-        places_d = tl.cdiv(size_d, STRIDE[0])
-        places_h = tl.cdiv(size_h, STRIDE[1])
-        places_w = tl.cdiv(size_w, STRIDE[2])
-    starts = tl.cdiv(places_h, GAP * ROWS) * GAP  # first rows of tiles
-    columns = tl.cdiv(outer, OUTPUTS)
-    tiles = tl.cdiv(images * places_d * starts * places_w, PLACES)
+    # -- which phase, tile and group ---------------------------------------------------------------------------------
     program = tl.program_id(0)
-    m = program % tiles * PLACES + tl.arange(0, PLACES)
-    program = program // tiles
-    n = program % columns * OUTPUTS + tl.arange(0, OUTPUTS)
-    program = program // columns
-    group = program % groups
-
-    r_d, r_h, r_w, first_d, first_h, first_w = 0, 0, 0, 0, 0, 0
+    r_d, r_h, r_w, tap_d, tap_h, tap_w = 0, 0, 0, 0, 0, 0
     taps_d, taps_h, taps_w = KERNEL[0], KERNEL[1], KERNEL[2]
     from_d, from_h, from_w = -low_d, -low_h, -low_w
+    places_d, places_h, places_w = size_d, size_h, size_w
     if ADJOINT:
-        which = program // groups
-        r_d, r_h, r_w = which // phases_w // phases_h, which // phases_w % phases_h, which % phases_w
-        first_d, taps_d, from_d, places_d = phase_of(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
-        first_h, taps_h, from_h, places_h = phase_of(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
-        first_w, taps_w, from_w, places_w = phase_of(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
-        starts = tl.cdiv(places_h, GAP * ROWS) * GAP
+        if STRIDE[0] * STRIDE[1] * STRIDE[2] > 1:
+            phases_h, phases_w = tl.minimum(size_h, STRIDE[1]), tl.minimum(size_w, STRIDE[2])
+            phases = tl.minimum(size_d, STRIDE[0]) * phases_h * phases_w
+            which = program % phases  # those of the same places follow each other: they write to the same lines
+            program = program // phases
+            r_d, r_h, r_w = which // phases_w // phases_h, which // phases_w % phases_h, which % phases_w
+        tap_d, taps_d, from_d, places_d = _turned(r_d, low_d, size_d, KERNEL[0], STRIDE[0], DILATION[0], PERIOD[0])
+        tap_h, taps_h, from_h, places_h = _turned(r_h, low_h, size_h, KERNEL[1], STRIDE[1], DILATION[1], PERIOD[1])
+        tap_w, taps_w, from_w, places_w = _turned(r_w, low_w, size_w, KERNEL[2], STRIDE[2], DILATION[2], PERIOD[2])
+    tile = program
+    program = quotient(program, tiles_by)
+    tile -= program * tiles
+    n = 0
+    if not WHOLE:
+        tiles_n = tl.cdiv(outer, OUTPUTS)
+        n = program % tiles_n * OUTPUTS
+        program = program // tiles_n
 
     # -- its places and channels -------------------------------------------------------------------------------------
-    i, d, h, w = place_of(m, places_d, starts, places_w)
-    h = h // GAP * (GAP * ROWS) + h % GAP
-    is_place, is_made = i < images, n < outer
-    if EACH:
-        own, others = n % EACH, n // EACH * INNER  # in its group; the first of those that are summed over
+    m = tl.arange(0, PLACES)
+    if MADE_LAST:
+        m = tl.expand_dims(m, 1)
+    d, h = tl.zeros_like(m), tl.zeros_like(m)
+    if DIMS == 1:  # a tile is of one line
+        i = quotient(tile, starts_w_by)
+        w = (tile - i * starts_w) * PLACES + m
     else:
-        own, others = n, group * INNER
-        n = group * outer + n
-    if ADJOINT:
-        of_weight = own.to(tl.int64) * weight_c + others.to(tl.int64) * weight_o
-        weight_k = weight_o
-    else:
-        of_weight = n.to(tl.int64) * weight_o
-        weight_k = weight_c
-    channel = others.to(tl.int64) * read_channel
+        m += tile * PLACES
+        h = quotient(m, starts_w_by)
+        w = m - h * starts_w
+        i = quotient(h, starts_h_by)
+        h = _first(h - i * starts_h, GAP[0], ROWS)
+    if DIMS == 3:
+        d, i = i, quotient(i, starts_d_by)
+        d -= i * starts_d
+    w = _first(w, GAP[1], COLUMNS)
+    is_place = i < images
+    if DIMS == 3:
+        is_place = is_place & (d < places_d)
+    if MADE_LAST:
+        n = tl.expand_dims(n + tl.arange(0, OUTPUTS), 0)
+    limit = end_w
     if EACH:
-        channel = tl.expand_dims(channel, M)
+        limit = tl.where(n < outer, end_w, 0)  # other lanes see nothing
+        channel = (n // EACH * INNER).to(tl.int64) * read_channel
+    else:
+        channel = (program * INNER).to(tl.int64) * read_channel
+    first = ()  # of the weight, for each channel that is made
+    for j in tl.static_range(MANY):
+        o = n + j
+        if not WHOLE:
+            o = tl.minimum(o, outer - 1)
+        if EACH:
+            c, others = o % EACH, o // EACH * INNER
+        else:
+            c, others = o, program * INNER
+            o += program * outer
+        if ADJOINT:
+            first = first + (weight + (others.to(tl.int64) * weight_o + c.to(tl.int64) * weight_c),)
+        else:
+            first = first + (weight + o.to(tl.int64) * weight_o,)
+    weight_k = weight_o if ADJOINT else weight_c
 
     # -- the sums ----------------------------------------------------------------------------------------------------
-    zeros = tl.zeros((PLACES, OUTPUTS) if MADE_LAST else (OUTPUTS, PLACES), SUM)
-    total = repeated(zeros, ROWS)
-    for step in range(INNER * taps_d * taps_w * TURN):
-        turn, t_w, rest = step % TURN, step // TURN % taps_w, step // TURN // taps_w
-        t_d, k = rest % taps_d, rest // taps_d if INNER > 1 else 0
-        if ADJOINT:
-            at_d = d + from_d - t_d * (DILATION[0] * PERIOD[0] // STRIDE[0])
-            at_w = w + from_w - t_w * (DILATION[2] * PERIOD[2] // STRIDE[2])
-            at_h = h + from_h - (taps_h - 1) * GAP
-            t_h, next_h, turns = first_h + (taps_h - 1) * PERIOD[1], -PERIOD[1], taps_h
-            between: tl.constexpr = GAP
-        else:
-            at_d = shown(d * STRIDE[0] + from_d + t_d * DILATION[0], low_d, end_d, MODE)
-            at_w = shown(w * STRIDE[2] + from_w + t_w * DILATION[2], low_w, end_w, MODE)
-            at_h = h * STRIDE[1] + from_h + turn * DILATION[1]
-            t_h, next_h, turns = turn, TURN, tl.cdiv(taps_h - turn, TURN)
-            between: tl.constexpr = GAP * STRIDE[1]
-        inside = is_place & (at_d >= 0) & (at_d < end_d) & (at_w >= 0) & (at_w < end_w)
-        inside = tl.expand_dims(inside, 1 - M)
-        if EACH:
-            inside = inside & tl.expand_dims(is_made, M)
-        at = (i.to(tl.int64) * read_i + at_d.to(tl.int64) * read_d + at_w.to(tl.int64) * read_w) * READ_UNIT
-        row = read + tl.expand_dims(at, 1 - M) + channel + k * read_channel
-        t_d, t_w = first_d + t_d * PERIOD[0], first_w + t_w * PERIOD[2]
-        tap = weight + of_weight + (k * weight_k + t_d * weight_d + t_w * weight_w + t_h * weight_h)
-        window = (tl.zeros((PLACES, OWN) if MADE_LAST else (OWN, PLACES), SUM),)
-        for j in tl.static_range(ROWS - 1):
-            new = _loaded(row, inside, at_h + j * between, low_h, end_h, read_h * READ_UNIT, MODE, ADJOINT, M)
-            window = window + (new.to(SUM),)
-        at_h += (ROWS - 1) * between
-        for _ in tl.range(turns, loop_unroll_factor=ROWS):
-            new = _loaded(row, inside, at_h, low_h, end_h, read_h * READ_UNIT, MODE, ADJOINT, M)
-            window = window[1:] + (new.to(SUM),)
-            factor = tl.expand_dims(tl.load(tap, mask=is_made, other=0.0).to(SUM), M)
-            total = _added(total, window, factor)
-            tap += next_h * weight_h
-            at_h += between
+    at_d, at_h, at_w = d * A_D + from_d, h * A_H + from_h, w * A_W + from_w
+    at = i.to(tl.int64) * read_i
+    if BORDER == "zeros":
+        at += at_h.to(tl.int64) * read_h + at_w.to(tl.int64) * read_w
+        if DIMS == 3:
+            at += at_d.to(tl.int64) * read_d
+    begin = read + at * READ_UNIT + channel
+    total = repeated(tl.zeros((PLACES, OUTPUTS) if MADE_LAST else (PLACES,), SUM), MANY * ROWS * COLUMNS)
+    SHARED: tl.constexpr = ADJOINT or TURN[0] < KERNEL[1]  # whether rows see the same
+    TURNS: tl.constexpr = TURN[0] if SHARED else 1
+    BEFORE: tl.constexpr = (COLUMNS - 1) * TURN[1]  # columns before the first that the last place sees
+    alone = 1 if SHARED else KERNEL[1]  # taps that begin anew
+    for part in tl.static_range(len(ACROSS) // 2):
+        blocks = ACROSS[2 * part + 1]
+        if ADJOINT and STRIDE[2] > 1:
+            blocks = taps_w
+        for step in range(INNER * taps_d * blocks * alone):
+            t_h, rest = step % alone, step // alone
+            t_w = rest % blocks * ACROSS[2 * part]
+            if part > 0:
+                t_w += ACROSS[0] * ACROSS[1]
+            k, t_d = rest // blocks // taps_d, rest // blocks % taps_d
+            inside, pointers = is_place, begin + k * read_channel
+            if DIMS == 3:
+                q = at_d + t_d * B_D
+                if BORDER == "zeros":
+                    pointers += t_d * B_D * read_d * READ_UNIT
+                else:
+                    q = shown(q, low_d, end_d, BORDER)
+                    pointers += q.to(tl.int64) * (read_d * READ_UNIT)
+                inside = inside & within(q, end_d)
+            places, offsets = (), ()
+            for e in tl.static_range(BEFORE + ACROSS[2 * part]):
+                if BORDER == "zeros":
+                    q = tl.where(inside, at_w + t_w * B_W, NOWHERE) + e * B_W
+                    offsets = offsets + ((t_w + e) * B_W * read_w * READ_UNIT,)
+                else:
+                    q = shown(at_w + (t_w + e) * B_W, low_w, end_w, BORDER)
+                    offsets = offsets + (q.to(tl.int64) * (read_w * READ_UNIT),)
+                    q = tl.where(inside, q, NOWHERE)
+                places = places + (q,)
+            of_taps = k * weight_k + (tap_d + t_d * STEP_D) * weight_d + (tap_w + t_w * STEP_W) * weight_w
+            for turn in tl.static_range(TURNS):
+                q = at_h + (t_h + turn) * B_H
+                of_tap = of_taps + (tap_h + (t_h + turn) * STEP_H) * weight_h
+                rows = pointers
+                if BORDER == "zeros":
+                    rows += (t_h + turn) * B_H * read_h * READ_UNIT
+                window = ()
+                for _ in tl.static_range(ROWS - 1):
+                    window = window + _row(
+                        rows, q, places, offsets, low_h, end_h, limit, read_h * READ_UNIT, BORDER, SUM
+                    )
+                    q += GAP[0] * A_H
+                    if BORDER == "zeros":
+                        rows += GAP[0] * A_H * read_h * READ_UNIT
+                turns = taps_h if ADJOINT else (KERNEL[1] - turn + TURN[0] - 1) // TURN[0] if SHARED else 1
+                for _ in tl.range(turns, loop_unroll_factor=UNROLLED):
+                    window = window + _row(
+                        rows, q, places, offsets, low_h, end_h, limit, read_h * READ_UNIT, BORDER, SUM
+                    )
+                    factors = ()
+                    for j in tl.static_range(MANY):
+                        for t in tl.static_range(len(places) - BEFORE):
+                            factors = factors + (tl.load(first[j] + of_tap + t * STEP_W * weight_w).to(SUM),)
+                    total = _added(total, window, factors, ROWS, COLUMNS, TURN[1])
+                    window = window[len(places) :]
+                    q += GAP[0] * A_H
+                    of_tap += TURN[0] * STEP_H * weight_h
+                    if BORDER == "zeros":
+                        rows += GAP[0] * A_H * read_h * READ_UNIT
 
     # -- what comes behind -------------------------------------------------------------------------------------------
-    added = tl.zeros((OUTPUTS,), SUM)
-    if bias is not None:
-        added += tl.load(bias + n, mask=is_made, other=0.0).to(SUM)
+    at_d, at_h, at_w = d, h, w
     if ADJOINT:
-        d, w = d * STRIDE[0] + r_d, w * STRIDE[2] + r_w
-    for j in tl.static_range(ROWS):
-        u = h + j * GAP
-        mask = tl.expand_dims(is_place & (u < places_h), 1 - M) & tl.expand_dims(is_made, M)
-        if ADJOINT:
-            u = u * STRIDE[1] + r_h
-        at = tl.expand_dims(offset_of(i, d, u, w, (made_i, made_d, made_h, made_w), MADE_UNIT), 1 - M)
-        at += tl.expand_dims(n.to(tl.int64) * made_channel, M)
-        v = total[j] + tl.expand_dims(added, M)
-        if residual is not None:
-            v += tl.load(residual + at, mask=mask, other=0.0).to(SUM)
-        tl.store(made + at, activated(v, ACTIVATION).to(made.dtype.element_ty), mask=mask)
+        at_d, at_h, at_w = d * STRIDE[0] + r_d, h * STRIDE[1] + r_h, w * STRIDE[2] + r_w
+    at = offset_of(i, at_d, at_h, at_w, (made_i, made_d, made_h, made_w), MADE_UNIT)
+    ends = outer if EACH else (program + 1) * outer  # of its channels
+    apart_h, apart_w = made_h * (GAP[0] * MADE_UNIT), made_w * (GAP[1] * MADE_UNIT)  # places of a thread
+    if ADJOINT:
+        apart_h, apart_w = apart_h * STRIDE[1], apart_w * STRIDE[2]
+    rows_left = tl.where(is_place & (w < places_w), places_h - h, 0)
+    columns_left = places_w - w
+    for j in tl.static_range(MANY):
+        o = n + j
+        left = rows_left
+        if not WHOLE:
+            left = tl.where(o < outer, rows_left, 0)
+        if not EACH:
+            o += program * outer
+        added = 0.0
+        if bias is not None:
+            added = tl.load(bias + (o if WHOLE else tl.minimum(o, ends - 1))).to(SUM)
+        of_row = at + o.to(tl.int64) * made_channel
+        for u in tl.static_range(ROWS):
+            for c in tl.static_range(COLUMNS):
+                to, mask = of_row + (u * apart_h + c * apart_w), u * GAP[0] < left
+                if c > 0:
+                    mask = mask & (c * GAP[1] < columns_left)
+                v = total[(j * ROWS + u) * COLUMNS + c]
+                v += added
+                if residual is not None:
+                    v += tl.load(residual + to, mask=mask, other=0.0).to(SUM)
+                tl.store(made + to, activated(v, ACTIVATION).to(made.dtype.element_ty), mask=mask)
