@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the file beside this one, wherever it is started
-from tables import RESULTS, TITLES, Records, cell, held, losses, misses, number, part
+from tables import RESULTS, TITLES, Records, cell, held, losses, measured, misses, number, part, ruled
 
 from plainconv import bench
 from plainconv.bench.calls import CHANNELS_LAST, CONTIGUOUS
@@ -138,15 +138,10 @@ def conditions(records: Sequence[dict[str, Any]]) -> str:
     )
     products = sorted(told["peaks"]["flops"] / 1e12 for told in records)
     copies = sorted(size / spent / 1e9 for told in records for size, spent in told["peaks"]["copies"][-1:])
-    days = sorted(told["made"][:10] for told in records)
-    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-    least, most = min(told["seconds"] for told in records), max(told["seconds"] for told in records)
-    seconds = f"{least:g}" if least == most else f"{least:g} to {most:g}"
     precision = records[0]["dtype"] + (" rounded to TF32, on both sides" if records[0]["tf32"] else "")
     return (
         f"{'; '.join(kinds)}. {precision}: {products[len(products) // 2]:.0f} TFLOP/s at the most, copies at "
-        f"{copies[len(copies) // 2]:.0f} GB/s. Measured {when}, each suite alone, each layer for {seconds} s or a few "
-        "replays."
+        f"{copies[len(copies) // 2]:.0f} GB/s. {measured(records)} or a few replays."
     )
 
 
@@ -159,7 +154,7 @@ def table(records: Records) -> str:
             picked = bench.picked(of, rows)
             if picked:
                 lines.append(_line(part(suite, of), picked, _asked(verdicts, of)))
-    return _table(HEAD, lines)
+    return ruled(HEAD, lines)
 
 
 def _line(name: str, rows: Sequence[bench.Row], asked: dict[str, str]) -> Sequence[str]:
@@ -193,7 +188,7 @@ def called(records: Records) -> str:
             ratio = number(_mean(rows, lambda row: row.eager_ratio)), asked.get("called from Python", "")
             last = f"{number(worst.eager_ratio)} ({worst.layer.name})"
             lines.append((suite, str(len(rows)), *(f"{us:.1f}" for us in sides), *ratio, last))
-    return _table(CALLED, lines) if lines else ""
+    return ruled(CALLED, lines) if lines else ""
 
 
 def _asked(verdicts: Iterable[bench.Held], of: str) -> dict[str, str]:
@@ -208,10 +203,6 @@ def _asked(verdicts: Iterable[bench.Held], of: str) -> dict[str, str]:
 def _mean(rows: Iterable[bench.Row], of: Callable[[bench.Row], float | None]) -> float | None:
     values = [value for row in rows if (value := of(row)) is not None]
     return geometric_mean(values) if values else None
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -183,15 +183,16 @@ def conditions(records: Sequence[dict[str, Any]]) -> str:
         for told in records
     }
     peaks = sorted(told["peaks"]["flops"] / 1e9 for told in records)
-    days = sorted(told["made"][:10] for told in records)
-    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
     middle = peaks[len(peaks) // 2]
-    least, most = min(told["seconds"] for told in records), max(told["seconds"] for told in records)
-    seconds = f"{least:g}" if least == most else f"{least:g} to {most:g}"
-    return (
-        f"{'; '.join(sorted(machines))}; {middle:.0f} GFLOP/s at the most. Measured {when}, each suite alone, "
-        f"each layer for {seconds} s or a few calls."
-    )
+    return f"{'; '.join(sorted(machines))}; {middle:.0f} GFLOP/s at the most. {measured(records)} or a few calls."
+
+
+def measured(records: Sequence[dict[str, Any]]) -> str:
+    """When, and for how long."""
+    days, spent = sorted(told["made"][:10] for told in records), sorted(told["seconds"] for told in records)
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    seconds = " to ".join(dict.fromkeys(f"{each:g}" for each in (spent[0], spent[-1])))
+    return f"Measured {when}, each suite alone, each layer for {seconds} s"
 
 
 def table(records: Records) -> str:
@@ -201,12 +202,17 @@ def table(records: Records) -> str:
     packed = any(row.packed for each in rows.values() for row in each)
     asked = any(one.threshold.by == "prepacked" for each in verdicts.values() for one in each)
     head = [*HEAD[:4], *PACKED[: packed + asked], *HEAD[4:]]
-    lines: list[Sequence[str]] = [head, ["---"] * len(head)]
+    lines = []
     for suite in records:
         for of in dict.fromkeys(("layers", *(one.threshold.of for one in verdicts[suite]))):
             told = {one.threshold.by: cell(one) for one in verdicts[suite] if one.threshold.of == of}
             lines.append(line(part(suite, of), bench.picked(of, rows[suite]), told, packed + asked))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return ruled(head, lines)
+
+
+def ruled(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a rule below its head."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def line(name: str, rows: Sequence[bench.Row], asked: Mapping[str, str], more: int) -> Sequence[str]:

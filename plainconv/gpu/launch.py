@@ -1,4 +1,4 @@
-"""Launches: what all kernels are told of sizes and strides; their tiles are in matrices.py and rows.py.
+"""Launches: what all kernels are told of sizes and strides; their tiles are in the files beside this one.
 
 Triton compiles a kernel for the constants and types that it is given, and keeps it on disk.  Constants are what no
 image size changes: the kernel's size, stride and dilation, the padding mode, the format, how many channels are moved at

@@ -47,12 +47,13 @@ class Taps(NamedTuple):
     rows: int
     lines: int
     columns: int
+    met: tuple[int, ...]  # rows of x
     tiles: int
     parts: int
     part: int
 
 
-def met(rows: int, lines: int, stride: int, dilation: int) -> tuple[int, ...]:
+def rows_met(rows: int, lines: int, stride: int, dilation: int) -> tuple[int, ...]:
     """The rows of x that so many rows of y meet by so many lines of taps, from the first."""
     return tuple(sorted({j * stride + line * dilation for j in range(rows) for line in range(lines)}))
 
@@ -70,7 +71,7 @@ def taps_of(request: Request, most_parts: int) -> Taps:
     def work(block: tuple[int, int]) -> int:
         """Of a step of all blocks of taps: loads, and products, which take about as long."""
         lines, columns = block
-        loads = len(met(rows, lines, stride, dilation)) * columns + rows
+        loads = len(rows_met(rows, lines, stride, dilation)) * columns + rows
         return tiles(high, lines) * tiles(wide, columns) * (MOVE + loads + lines * columns * rows)
 
     fitting = [(i, j) for i in range(1, high + 1) for j in range(1, wide + 1) if i * j <= tile.taps]
@@ -80,7 +81,8 @@ def taps_of(request: Request, most_parts: int) -> Taps:
     out_d, out_h, out_w = three(problem.out, 1)
     steps = tiles(problem.batch * out_d * tiles(out_h, rows) * out_w, tile.places)
     cycles = WAIT + tile.places * tile.outputs * rows * lines * columns / PRODUCTS
-    return Taps(tile, rows, lines, columns, count, *parts_of(problem, count, steps, cycles, most_parts, AT_ONCE))
+    met, parts = rows_met(rows, lines, stride, dilation), parts_of(problem, count, steps, cycles, most_parts, AT_ONCE)
+    return Taps(tile, rows, lines, columns, met, count, *parts)
 
 
 def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Launch:
@@ -88,7 +90,6 @@ def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Lau
     from plainconv.gpu.kernels.taps import taps as kernel
 
     problem, widest = request.problem, VECTOR // x.dtype.itemsize
-    stride, dilation = three(problem.stride, 1)[1], three(problem.dilation, 1)[1]
     x_last, y_last = channels_last(x, request), channels_last(y, request)
     each = problem.group_out if request.channels_last and problem.groups > 1 else 0
     groups = 1 if each else problem.groups
@@ -121,7 +122,7 @@ def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Lau
             "ROWS": split.rows,
             "LINES": split.lines,
             "COLUMNS": split.columns,
-            "MET": met(split.rows, split.lines, stride, dilation),
+            "MET": split.met,
             **BLOCKS.options,
         },
     )

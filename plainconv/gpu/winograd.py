@@ -70,11 +70,8 @@ def forth(
     """Patches, transformed.  Call it with what is read, which lies as in the calls, and what is made."""
     from plainconv.gpu.kernels.winograd import forth as kernel
 
-    last, reads, (groups, channels, of_group) = (
-        channels_last(read, request),
-        strides(read.shape, read.stride()),
-        grouped,
-    )
+    last, reads = channels_last(read, request), strides(read.shape, read.stride())
+    groups, channels, of_group = grouped
     unit = math.gcd(VECTOR // read.dtype.itemsize, channels, *((of_group, *reads) if last else ()))
     read_unit, (along, across) = unit if last else 1, _block(read.dtype.itemsize, last)
     return Launch(

@@ -290,12 +290,9 @@ def no_integers_on_cuda(request: Request) -> str | None:
     return may_be_rounded(request)
 
 
-def may_be_rounded(request: Request) -> str | None:
-    """The same, of all types: torch's matrix products follow a switch that may be thrown after a choice."""
+def may_be_rounded(request: Request, products: str = "its products are torch.matmul's, which") -> str | None:
+    """The same, of all types: torch's products follow switches that may be thrown after a choice."""
     of_singles = request.dtype in (torch.float32, torch.complex64)
     if request.precision == "highest" and request.device == "cuda" and of_singles:
-        return (
-            "its products are torch.matmul's, which may round float32 to TF32 on CUDA, and precision='highest' "
-            "does not allow it"
-        )
+        return f"{products} may round float32 to TF32 on CUDA, and precision='highest' does not allow it"
     return None

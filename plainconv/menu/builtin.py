@@ -23,6 +23,7 @@ from plainconv.menu.base import (
     Tensors,
     machine,
     matrix_error,
+    may_be_rounded,
     product_seconds,
 )
 from plainconv.problem import Direction, Request
@@ -38,8 +39,8 @@ def _why_not(request: Request) -> str | None:
             "it is torch's own convolution, and serves only where it is allowed: "
             "allow_builtin=True, or plainconv.set_allow_builtin(True)"
         )
-    if request.precision == "highest" and request.device == "cuda" and request.dtype is torch.float32:
-        return "torch's own may round float32 to TF32 on CUDA, and precision='highest' does not allow it"
+    if sentence := may_be_rounded(request, "torch's own"):
+        return sentence
     if problem.padding_mode != "zeros":
         return f"torch's convolution pads with zeros, and the padding mode is {problem.padding_mode}"
     if any(lo != hi for lo, hi in problem.padding):

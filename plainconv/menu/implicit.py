@@ -82,7 +82,7 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
         turn = matrices.turned(first)
         first = _turned(torch.empty(_seen(request).shape, dtype=first.dtype, device="meta"))
     fill = matrices.implicit(request, first, strides(request))
-    lies = tensors.second.movedim(1, -1).is_contiguous()  # as [o, taps, c/g]
+    copies = made is None and not tensors.second.movedim(1, -1).is_contiguous()  # to [o, taps, c/g]
     stays = None
     if made is not None:
         key = "channels innermost", request.dtype
@@ -90,13 +90,13 @@ def bind(request: Request, tensors: Tensors, made: Made | None = None) -> Bound:
 
     def run(tensors: Tensors, out: Tensor, workspace: Tensor) -> None:
         read, w, bias, residual = tensors
-        room = carve(workspace, rooms) if turn is not None or not lies else []
+        room = carve(workspace, rooms) if copies or turn is not None else []
         if turn is not None:
             turn(read, room[-1])
             read = _turned(room[-1])
         if stays is not None:
             w = stays
-        elif not lies:
+        elif copies:
             w = room[0].copy_(w.movedim(1, -1))
         fill(read, w, in_order(bias), residual, out)
 

@@ -2,39 +2,18 @@
 
 import dataclasses
 
+import measured
 import pytest
 
 from plainconv import bench
-from plainconv.bench.check import Verdict
 from plainconv.bench.thresholds import THRESHOLDS, held
 from plainconv.timing import Timing
 
-RIGHT = {"contiguous": Verdict(1e-7, 1.0, 10.0, 100, True)}
+RIGHT = {"contiguous": measured.FINE}
 
 
 def row(layer, torch_s, our_s, limit_s):
-    def timing(seconds):
-        return {"contiguous": Timing(seconds, seconds, seconds, 5)}
-
-    return bench.Row(
-        layer=layer,
-        cut_from=None,
-        direction="forward",
-        dtype="float32",
-        torch=timing(torch_s),
-        ours=timing(our_s),
-        algorithms={"contiguous": "shift"},
-        checks=RIGHT,
-        torch_check=RIGHT["contiguous"],
-        limit_s=limit_s,
-        bound_by="memory",
-        speed=1.0,
-        first_call_s=0.1,
-        scratch=0,
-        torch_scratch=0,
-        regret=None,
-        against={},
-    )
+    return measured.row(layer, torch={"contiguous": torch_s}, ours={"contiguous": our_s}, limit_s=limit_s)
 
 
 NET = bench.load()["seed_mnist"]  # held to 4, and 2 for the worst

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measured
 import pytest
 import torch
 from pretended import Pretended
@@ -14,13 +15,10 @@ from typer.testing import CliRunner
 
 from plainconv import bench
 from plainconv.bench import cuda
-from plainconv.bench.check import Verdict
 from plainconv.bench.peaks import Peaks
 from plainconv.cli import app
-from plainconv.timing import Timing
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_tables.py"
-FINE = Verdict(1e-7, 1.0, 10.0, 100, True)
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +33,14 @@ def tables():
 
 def row(layer, ratio, last=1.0, called=0.5):
     """Ours takes 1 ms, 9 in channels_last, and the limit is half of that; torch's are so many times ours."""
-
-    def timing(times):
-        return Timing(times * 1e-3, times * 1e-3, times * 1e-3, 5)
-
-    return bench.Row(
-        layer=layer,
-        cut_from=None,
-        direction="forward",
+    return measured.row(
+        layer,
+        torch={"contiguous": ratio * 1e-3, "channels_last": 9e-3 * last},
+        ours={"contiguous": 1e-3, "channels_last": 9e-3},
         dtype="bfloat16",
-        torch={"contiguous": timing(ratio), "channels_last": timing(9 * last)},
-        ours={"contiguous": timing(1), "channels_last": timing(9)},
         algorithms={"contiguous": "direct"},
-        checks={"contiguous": FINE},
-        torch_check=FINE,
-        limit_s=5e-4,
-        bound_by="memory",
-        speed=1.0,
-        first_call_s=0.1,
-        scratch=0,
-        torch_scratch=0,
-        regret=None,
-        against={},
         device="cuda",
-        eager={"torch": timing(called), "ours": timing(1)},
+        eager={"torch": measured.timing(called * 1e-3), "ours": measured.timing(1e-3)},
     )
 
 

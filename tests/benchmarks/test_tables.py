@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measured
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from plainconv.timing import Timing
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "tables.py"
-FINE = Verdict(1e-7, 1.0, 10.0, 100, True)
+FINE = measured.FINE
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +32,13 @@ def tables():
 
 
 def row(layer, ratio, right=True, regret=1.1):
-    told = {"contiguous": dataclasses.replace(FINE, right=right)}
-    ours = {"contiguous": Timing(1e-3, 1e-3, 1e-3, 5)} if right else {}
-    torchs = {"contiguous": Timing(ratio * 1e-3, ratio * 1e-3, ratio * 1e-3, 5)}
     regret = Regret(regret, "narrow", {"shift": regret * 1e-3, "narrow": 1e-3}, {})
-    return bench.Row(
-        layer=layer,
-        cut_from=None,
-        direction="forward",
-        dtype="float32",
-        torch=torchs,
-        ours=ours,
-        algorithms={"contiguous": "shift"},
-        checks=told,
-        torch_check=FINE,
-        limit_s=5e-4,
-        bound_by="memory",
-        speed=1.0,
-        first_call_s=0.1,
-        scratch=0,
-        torch_scratch=0,
+    return measured.row(
+        layer,
+        torch={"contiguous": ratio * 1e-3},
+        ours={"contiguous": 1e-3} if right else {},
+        checks={"contiguous": dataclasses.replace(FINE, right=right)},
         regret=regret if right else None,
-        against={},
     )
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from plainconv.gpu.kernels.activation import activated
 from plainconv.gpu.kernels.border import shown
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import carried, divided, offset_of, phase_of, place_among, within
+from plainconv.gpu.kernels.places import carried, divided, offset_of, phase_of, place_of, within
 
 
 @kernel
@@ -128,7 +128,7 @@ def implicit(
     k = tl.arange(0, DEPTH)
     count = images * places_d * places_h * places_w
     is_made = n < outer
-    i, d, h, w = place_among(tl.minimum(m, count - 1), places_d, places_h, places_w, DIMS)
+    i, d, h, w = place_of(tl.minimum(m, count - 1), places_d, places_h, places_w, DIMS)
     if ADJOINT:  # where the first tap lies, and how far each moves it
         at_d, at_h, at_w = d + from_d, h + from_h, w + from_w
         hop_d: tl.constexpr = -(DILATION[0] * PERIOD[0] // STRIDE[0])
@@ -200,7 +200,7 @@ def implicit(
             t_d, turn = carried(t_d, turn, taps_d)
 
     # -- what comes behind -------------------------------------------------------------------------------------------
-    i, d, h, w = place_among(m, places_d, places_h, places_w, DIMS)  # anew, not to be kept through the product
+    i, d, h, w = place_of(m, places_d, places_h, places_w, DIMS)  # anew, not to be kept through the product
     is_place = m < count
     n = group * outer + n
     if bias is not None:

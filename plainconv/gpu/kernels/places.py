@@ -5,12 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of(m, depth, rows, width):
-    """Image, depth, row and column of the m-th place of all images, each of so many."""
-    return m // (width * rows * depth), m // (width * rows) % depth, m // width % rows, m % width
-
-
-@triton.jit
 def divided(a, b):
     """Quotient and remainder of numbers that are not negative: one division, which without a sign costs less."""
     quotient = (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
@@ -18,10 +12,11 @@ def divided(a, b):
 
 
 @triton.jit
-def place_among(m, depth, rows, width, DIMS: tl.constexpr):
-    """The same, where only the last DIMS sides have more than one place."""
-    d, h = tl.zeros_like(m), tl.zeros_like(m)
-    m, w = divided(m, width)
+def place_of(m, depth, rows, width, DIMS: tl.constexpr):
+    """Image, depth, row and column of the m-th place of all images, of whose sides the last DIMS may be above 1."""
+    d, h, w = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    if DIMS > 0:
+        m, w = divided(m, width)
     if DIMS > 1:
         m, h = divided(m, rows)
     if DIMS > 2:

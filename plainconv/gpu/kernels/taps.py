@@ -135,8 +135,8 @@ def taps(
     left = images * (size_d * starts * size_w) - m
     sizes = (size_d, starts, size_w)
     y_strides = (y_i, y_d, y_h * ROWS, y_w)
-    y_step, y_turns = lying(many, sizes, y_strides), turns_of(sizes, y_strides, DIMS)
-    y_place = lying(m + lane, sizes, y_strides)
+    y_step, y_turns = lying(many, sizes, y_strides, DIMS), turns_of(sizes, y_strides, DIMS)
+    y_place = lying(m + lane, sizes, y_strides, DIMS)
 
     from_d, from_h, from_w = t_d * DILATION[0] - low_d, t_h * DILATION[1] - low_h, t_w * DILATION[2] - low_w
     if REGULAR:
@@ -144,8 +144,8 @@ def taps(
         strides = (x_i, x_d * STRIDE[0], x_h * (STRIDE[1] * ROWS), x_w * STRIDE[2])
     else:
         strides = (x_i, 0, 0, 0)
-    step, turns = lying(many, sizes, strides), turns_of(sizes, strides, DIMS)
-    place = lying(m + lane, sizes, strides)
+    step, turns = lying(many, sizes, strides, DIMS), turns_of(sizes, strides, DIMS)
+    place = lying(m + lane, sizes, strides, DIMS)
 
     # -- the sums ----------------------------------------------------------------------------------------------------
     total = repeated(tl.zeros((PLACES, OUTPUTS) if CHANNELS else (OUTPUTS, PLACES), SUM), LINES * COLUMNS)

@@ -10,7 +10,7 @@ channels, 16 bytes at once; it changes hands in shared memory.
 import triton.language as tl
 
 from plainconv.gpu.kernels.numbers import kernel
-from plainconv.gpu.kernels.places import divided, offset_of, place_among
+from plainconv.gpu.kernels.places import divided, offset_of, place_of
 
 
 @kernel
@@ -38,7 +38,7 @@ def turned(
     row, column = divided(tl.program_id(0), tl.cdiv(channels, CHANNELS))
     m = row * PLACES + tl.arange(0, PLACES)
     c = column * CHANNELS + tl.arange(0, CHANNELS)
-    i, d, h, w = place_among(tl.minimum(m, count - 1), size_d, size_h, size_w, DIMS)
+    i, d, h, w = place_of(tl.minimum(m, count - 1), size_d, size_h, size_w, DIMS)
     at = offset_of(i, d, h, w, (read_i, read_d, read_h, read_w), 1)[None, :] + c.to(tl.int64)[:, None] * read_channel
     mask = (m < count)[None, :] & (c < channels)[:, None]
     v = tl.load(read + at, mask=mask, other=0.0)

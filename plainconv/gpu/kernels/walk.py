@@ -12,9 +12,9 @@ from plainconv.gpu.kernels.places import offset_of, place_of
 
 
 @triton.jit
-def lying(m, sizes, strides):
+def lying(m, sizes, strides, DIMS: tl.constexpr):
     """Of the m-th place of all images: its offset, depth, row and column."""
-    i, d, h, w = place_of(m, sizes[0], sizes[1], sizes[2])
+    i, d, h, w = place_of(m, sizes[0], sizes[1], sizes[2], DIMS)
     return offset_of(i, d, h, w, strides, 1), d, h, w
 
 

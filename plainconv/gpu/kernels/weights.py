@@ -98,13 +98,11 @@ def weights(
     m = p * part * DEPTH
     left = images * (size_d * size_h * size_w) - m
     y_sizes = (size_d, size_h, size_w)
-    if Y_DIMS == 0:
-        y_sizes = (1, 1, 1)
-    elif Y_DIMS == 1:
+    if Y_DIMS == 1:
         y_sizes = (1, 1, size_d * size_h * size_w)
     y_strides = (y_i, y_d, y_h, y_w)
-    y_step, y_turns = lying(deep, y_sizes, y_strides), turns_of(y_sizes, y_strides, Y_DIMS)
-    y_place = lying(m + lane, y_sizes, y_strides)
+    y_step, y_turns = lying(deep, y_sizes, y_strides, Y_DIMS), turns_of(y_sizes, y_strides, Y_DIMS)
+    y_place = lying(m + lane, y_sizes, y_strides, Y_DIMS)
     y += tl.expand_dims((group * outputs + o) * y_channel, 1)
 
     from_d = tl.expand_dims(t // KERNEL[2] // KERNEL[1] * DILATION[0] - low_d, 1 - M)
@@ -118,8 +116,8 @@ def weights(
         strides = (x_i, x_d * STRIDE[0], x_h * STRIDE[1], x_w * STRIDE[2])
     else:
         strides = (x_i, 0, 0, 0)
-    step, turns = lying(deep, sizes, strides), turns_of(sizes, strides, DIMS)
-    place = lying(m + lane, sizes, strides)
+    step, turns = lying(deep, sizes, strides, DIMS), turns_of(sizes, strides, DIMS)
+    place = lying(m + lane, sizes, strides, DIMS)
 
     # -- the product -------------------------------------------------------------------------------------------------
     total = tl.zeros((OUTPUTS, BESIDE * INPUTS), SUM)

@@ -21,6 +21,15 @@ from plainconv.gpu.kernels.numbers import kernel
 from plainconv.gpu.kernels.places import offset_of, place_of
 
 
+@triton.jit
+def _own(channels, groups, TILES: tl.constexpr, CHANNELS: tl.constexpr, M: tl.constexpr):
+    """Of this program: its channels, their group, and the first of its tiles; M: the axis that tiles are along."""
+    columns = tl.cdiv(channels, CHANNELS)
+    program = tl.program_id(0)
+    n = tl.expand_dims(program % columns * CHANNELS + tl.arange(0, CHANNELS), M)
+    return n, (program // columns % groups).to(tl.int64), program // columns // groups * TILES
+
+
 @kernel
 def forth(
     read,  # x, y or w
@@ -63,13 +72,10 @@ def forth(
     channels *= UNIT
     if LAST:
         read_channel = 1
-    columns = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    n = tl.expand_dims(program % columns * CHANNELS + tl.arange(0, CHANNELS), M)
-    group = (program // columns % groups).to(tl.int64)
-    m = tl.expand_dims(program // columns // groups * TILES + tl.arange(0, TILES), 1 - M)
+    n, group, row = _own(channels, groups, TILES, CHANNELS, M)
+    m = tl.expand_dims(row + tl.arange(0, TILES), 1 - M)
     d, t = m // count, m % count
-    i, _, h, w = place_of(first + t, 1, tiles_h, tiles_w)
+    i, _, h, w = place_of(first + t, 1, tiles_h, tiles_w, 2)
     mask = (d < planes) & (n < channels)
 
     at_h, is_h = _places(h * STEP[0], low_h, end_h, padded_h, read_h * READ_UNIT, len(HIGH[0]), MODE)
@@ -128,11 +134,7 @@ def back(
     channels *= UNIT
     if LAST:
         made_channel = 1
-    columns = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    n = tl.expand_dims(program % columns * CHANNELS + tl.arange(0, CHANNELS), M)
-    group = (program // columns % groups).to(tl.int64)
-    row = program // columns // groups * TILES
+    n, group, row = _own(channels, groups, TILES, CHANNELS, M)
     is_channel = n < channels
 
     m = tl.expand_dims(row + tl.arange(0, TILES), 1 - M)
@@ -148,7 +150,7 @@ def back(
 
     m = tl.expand_dims(row * BESIDE + tl.arange(0, TILES * BESIDE), 1 - M)
     d, t = m // BESIDE // count, m // BESIDE % count
-    i, _, h, w = place_of(first + t, 1, tiles_h, tiles_w)
+    i, _, h, w = place_of(first + t, 1, tiles_h, tiles_w, 2)
     mask = (d < planes) & is_channel
     added = 0.0
     if bias is not None:
