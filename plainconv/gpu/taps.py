@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 
 
 # The first that holds the channels, or the last: those that lie apart from each other, and neighbours.
-APART = (Tile(1, 128, 28), Tile(4, 128, 25), Tile(16, 32, 25))
+APART = (Tile(1, 128, 28), Tile(4, 128, 25), Tile(16, 32, 9))
 BESIDE = (Tile(4, 128, 25), Tile(16, 32, 25), Tile(64, 8, 16))
 ROWS = 4  # of a tile, where there are rows
 BLOCKS = Blocks(0, 4, 3)
