@@ -34,10 +34,11 @@ class Tile(NamedTuple):
 # Of lines alone, of rows, and in channels_last: the first that holds the channels, or the last.
 TILES_OF_LINES = (Tile(1, 128, 1, 2), Tile(4, 64, 1, 4), Tile(16, 32, 1, 2))
 TILES_OF_ROWS = (Tile(1, 32, 8, 2), Tile(4, 32, 4, 2), Tile(16, 32, 2, 1))
-TILES_BESIDE = (Tile(4, 32, 1, 8), Tile(16, 8, 1, 8), Tile(32, 4, 1, 8))
+TILES_BESIDE = (Tile(4, 64, 1, 8), Tile(16, 16, 1, 8), Tile(32, 8, 1, 8))
 FEW_TAPS = 5  # along the rows: with more, a tile has fewer of them, since what is written out takes long to compile
 ACROSS = 8  # taps along the width that a row is loaded for
 ALONE = Blocks(0, 1, 3)  # a warp for each program: small maps and few channels are to busy all multiprocessors
+PAIR = Blocks(0, 2, 3)  # in channels_last: with one, Triton moves what is loaded through shared memory
 
 
 def tile_of(request: Request, outputs: int) -> Tile:
@@ -51,8 +52,10 @@ def tile_of(request: Request, outputs: int) -> Tile:
             tile = tile._replace(rows=min(tile.rows, 4))
     elif problem.groups == 1:  # all lanes see the same: a column at a time moves between them
         return tile._replace(rows=4 if problem.dims > 1 else 1, columns=1)
-    wide = request.dtype.itemsize > 4 or (last and problem.stride[-1] > 1)  # registers hold half as many
-    return tile._replace(columns=max(tile.columns // 2, 1)) if wide else tile
+    crowded = [request.dtype.itemsize > 4]  # registers hold half as many, for each
+    if last:
+        crowded += [problem.stride[-1] > 1, problem.group_in * problem.group_out > 1]
+    return tile._replace(columns=max(tile.columns >> sum(crowded), 1))
 
 
 def _across(request: Request, tile: Tile) -> tuple[int, ...]:
@@ -160,7 +163,7 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
             "TURN": turns,
             "ACROSS": _across(request, tile),
             "UNROLLED": _unrolled(request, tile),
-            **ALONE.options,
+            **(PAIR if made_last else ALONE).options,
         },
     )
 

@@ -25,7 +25,7 @@ from plainconv.problem import Direction, Request
 
 MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units win
 # Instructions for each output and each product, counted in the machine code for sm_90: 3x3 depthwise 32 in float32, 37
-# in bfloat16 (channels_last 29, 43), 5x5 55 and 64, 7x7 111 and 129 (93, 132); 3 to 3 channels 3x3 57.
+# in bfloat16 (channels_last 27, 33), 5x5 55 and 64, 7x7 111 and 129 (87, 109); 3 to 3 channels 3x3 57.
 OUTPUT, PRODUCT = 14, 2
 SPEED = 2.0  # of the gradient for the weight: products without them, beside those of float32 in matrices
 

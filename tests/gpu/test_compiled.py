@@ -169,7 +169,7 @@ LAYERS = (
     "n8 c3 o3 x64x64 k3x3 p1",
     "n8 c3 o64 x64x64 k7x7 s2 p3",
     "n8 c64 o2 x64x64 k5x5 p2",
-    "n8 c64 o64 x28x28 k3x3 p1 g16",
+    "n8 c16 o64 x28x28 k5x5 p2 g16",
     "n8 c64 o64 x1000 k4 p3 g64",
     "n8 c16 o16 x28x28 k3x3 p1 g16",
 )
