@@ -35,7 +35,7 @@ from plainconv.remember import on_forget
 from plainconv.replace import algorithm_of, other_forward
 from plainconv.settings import AUTO, resolve
 
-MOST_MADE = 4  # weights, packed or transformed in different ways, that a call keeps
+MOST_MADE = 4  # weights, packed or transformed in different ways, that a call on a CPU keeps
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 _SETTINGS = ("algorithm", "max_workspace", "allow_builtin", "precision")
 _MAKERS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks of torch's that make a weight or a bias in each call
@@ -135,7 +135,7 @@ class Prepacked(nn.Module):
             behind = residual if batched else residual.unsqueeze(0)
         made, weight, bias = self._made, self._weight, self._bias
         call = ops.ready(first, weight, bias, make, made, activation=self._activation, residual=behind).run
-        if len(made) > MOST_MADE:
+        if len(made) > MOST_MADE and not weight.is_cuda:  # there, streams and captured graphs may go on reading it
             last = list(made)[-1]
             self._made, self._ready = {last: made[last]}, {}
 
