@@ -8,7 +8,10 @@ once, the activation.  Sizes and strides are ordinary numbers.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -20,6 +23,7 @@ from torch import Tensor
 from plainconv.problem import ConvProblem, Direction, Request, read_activation
 
 OLDEST = (3, 6)
+TRITONS = ("triton", "pytorch-triton", "triton-windows")  # names of its packages
 LEAST = (8, 0)  # compute capability: what the kernels are compiled for in the tests
 VECTOR = 16  # bytes that a thread moves at once, at most
 REGISTERS = 255  # of a thread, at most; left to choose, the assembler may spill, so that more threads run at once
@@ -43,12 +47,14 @@ class Blocks(NamedTuple):
 
 
 def why_not(gpu: int = 0) -> str | None:
-    """The sentence, if there is no Triton to compile kernels with, or if that GPU is too old; nothing is imported."""
-    return _no_triton() or _too_old(gpu)
+    """The sentence, if there is no Triton to compile kernels with, or that GPU cannot run them; nothing is imported."""
+    return _no_triton() or (_unfit(gpu) or _no_compiler() if torch.cuda.is_available() else None)
 
 
-def _too_old(gpu: int) -> str | None:
-    found = torch.cuda.get_device_capability(gpu) if torch.cuda.is_available() else LEAST
+def _unfit(gpu: int) -> str | None:
+    if torch.version.hip is not None:
+        return "its kernels are for GPUs of NVIDIA, and this is torch for ROCm"
+    found = torch.cuda.get_device_capability(gpu)
     if found >= LEAST:
         return None
     needed, has = (".".join(map(str, pair)) for pair in (LEAST, found))
@@ -58,13 +64,27 @@ def _too_old(gpu: int) -> str | None:
 @lru_cache(1)
 def _no_triton() -> str | None:
     told = f"its kernels are compiled by Triton {'.'.join(map(str, OLDEST))} or newer"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = _version()
+    if version is None:
         return f'{told}, which is not installed (pip install "plainconv[gpu]")'
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         return f"{told}, and {version} is installed"
     return None
+
+
+def _version() -> str | None:
+    for package in TRITONS:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return None
+
+
+@lru_cache(1)
+def _no_compiler() -> str | None:
+    """Triton compiles what talks to the driver, too, on the machine where it runs."""
+    if "CC" in os.environ or any(map(shutil.which, ("gcc", "clang"))):
+        return None
+    return "Triton needs a C compiler to launch its kernels, and there is none (install gcc, or name one in CC)"
 
 
 _Again = Callable[[Sequence[int]], None]  # launches what was found, given where the tensors begin
