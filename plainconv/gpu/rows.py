@@ -77,6 +77,28 @@ def _unrolled(request: Request, tile: Tile) -> int:
     return taps if tile.rows > 1 and taps <= 3 and tile.outputs <= 4 else 1
 
 
+def _tiled(request: Request) -> int:
+    """How many outputs are cut into tiles: those of a group, or in channels_last all."""
+    outer = mapped(request).outer
+    return outer * request.problem.groups if request.channels_last else outer
+
+
+def _tiles_of(request: Request, tile: Tile) -> int:
+    """Of all places where threads begin; in one dimension each is of one line."""
+    deep, down, right = starts_of(request, tile)
+    batch = request.problem.batch
+    if request.problem.dims == 1:
+        return batch * tiles(right, tile.places)
+    return tiles(batch * deep * down * right, tile.places)
+
+
+def programs_of(request: Request) -> int:
+    """How many a launch has: for each tile of places and outputs, each group and phase."""
+    tiled, tile = _tiled(request), tile_of(request, _tiled(request))
+    groups = 1 if request.channels_last else request.problem.groups
+    return _tiles_of(request, tile) * tiles(tiled, tile.outputs) * groups * mapped(request).phases
+
+
 def divisor(d: int) -> tuple[int, int]:
     """A number, and what `quotient` of kernels/places.py is told of it: the factor, and behind it the shift.
 
@@ -98,15 +120,14 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     from plainconv.gpu.kernels.rolling import rolling as kernel
 
     problem, adjoint = request.problem, request.direction is Direction.GRAD_INPUT
-    inner, outer, end, size, period, _, phases = mapped(request)
+    inner, outer, end, size, period, *_ = mapped(request)
     widest = VECTOR // max(read.dtype.itemsize, 4)  # of sums, that a thread keeps in registers
     read_last, made_last = channels_last(read, request), request.channels_last
     each = outer if made_last and problem.groups > 1 else 0
-    groups = 1 if each else problem.groups
-    tiled = outer * problem.groups // groups
+    tiled = _tiled(request)
     reads = strides(read.shape, read.stride())
     makes = strides(problem.shape_of(request.direction.makes), made)
-    read_unit = math.gcd(widest, *reads) if read_last and each == inner == 1 else 1
+    read_unit = math.gcd(widest, tiled, *reads) if read_last and each == inner == 1 else 1
     made_unit = math.gcd(widest, tiled, *makes) if made_last else 1
 
     tile = tile_of(request, tiled)
@@ -114,13 +135,11 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     deep, down, right = starts_of(request, tile)
     if problem.dims == 1:  # a tile is of one line
         right = tiles(right, tile.places)
-        many = problem.batch * right
-    else:
-        many = tiles(problem.batch * deep * down * right, tile.places)
+    many = _tiles_of(request, tile)
     weighs = weight.stride()
     return Launch(
         kernel,
-        many * tiles(tiled, tile.outputs) * groups * phases,
+        programs_of(request),
         (
             problem.batch,
             tiled // made_unit,

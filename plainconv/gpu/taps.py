@@ -94,7 +94,7 @@ def taps(request: Request, split: Taps, x: Tensor, y: Tensor, made: Made) -> Lau
     each = problem.group_out if request.channels_last and problem.groups > 1 else 0
     groups = 1 if each else problem.groups
     of_x, of_y = strides(x.shape, x.stride()), strides(y.shape, y.stride())
-    x_unit = math.gcd(widest, *of_x) if x_last and each == problem.group_in == 1 else 1
+    x_unit = math.gcd(widest, problem.in_channels, *of_x) if x_last and each == problem.group_in == 1 else 1
     y_unit = math.gcd(widest, problem.out_channels // groups, *of_y) if y_last else 1
     return Launch(
         kernel,

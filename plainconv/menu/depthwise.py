@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, implicit, lanes, pixels, rolling, taps
+from plainconv.menu import channels, lanes, pixels, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.menu.trim import trimming
@@ -38,7 +38,7 @@ def _why_not(request: Request) -> str | None:
     if summed != 1:
         return f"it is for one {word} channel a group, and here are {summed}"
     if request.device == "cuda":
-        return implicit.why_not(request)
+        return rolling.why_not(request)
     return channels.why_not(request) if request.channels_last else lanes.why_not(request)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from plainconv.cpu.compile import Target
-from plainconv.menu import channels, implicit, lanes, rolling, taps
+from plainconv.menu import channels, lanes, rolling, taps
 from plainconv.menu.base import Algorithm, Bound, Cost, Tensors, sum_error
 from plainconv.menu.fold import folding
 from plainconv.menu.trim import trimming
@@ -35,7 +35,7 @@ def _tile(request: Request, target: Target, sides: lanes.Sides) -> lanes.Tile:
 
 def _why_not(request: Request) -> str | None:
     if request.device == "cuda":
-        sentence = implicit.why_not(request) or rolling.too_many(request)
+        sentence = rolling.why_not(request)
     else:
         sentence = channels.why_not_groups(request) if request.channels_last else lanes.why_not(request)
     problem = request.problem

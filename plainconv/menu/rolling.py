@@ -27,14 +27,19 @@ MOST_CHANNELS = 8  # of a group, read or made: with more of both, matrix units w
 # Instructions for each output and each product, counted in the machine code for sm_90: 3x3 depthwise 32 in float32, 37
 # in bfloat16 (channels_last 27, 33), 5x5 55 and 64, 7x7 111 and 129 (87, 109); 3 to 3 channels 3x3 57.
 OUTPUT, PRODUCT = 14, 2
+MOST_PROGRAMS = (1 << 31) - 1  # of a launch
 SPEED = 2.0  # of the gradient for the weight: products without them, beside those of float32 in matrices
 
 
-def too_many(request: Request) -> str | None:
-    """The sentence for groups that have many channels."""
+def why_not(request: Request) -> str | None:
+    """The sentence for what the kernels do not do, or should not."""
+    if sentence := implicit.why_not(request):
+        return sentence
     fewest = min(request.problem.group_in, request.problem.group_out)
     if fewest > MOST_CHANNELS:
         return f"on a GPU it is for at most {MOST_CHANNELS} input or output channels a group, and here are {fewest}"
+    if request.direction is not Direction.GRAD_WEIGHT and rows.programs_of(request) > MOST_PROGRAMS:
+        return f"on a GPU it is for at most {MOST_PROGRAMS} tiles of places and channels, and a line has one or more"
     return None
 
 

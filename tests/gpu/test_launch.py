@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from importlib.metadata import PackageNotFoundError
 from unittest import mock
 
 import pytest
@@ -47,6 +48,34 @@ def test_gpus_that_are_too_old_are_refused(monkeypatch):
         assert sentence is None if able else "8.0 or newer, and cuda:1 has 7.5" in sentence
         assert (plan(request).algorithm.name == "direct") == able, "each GPU has its own plan"
     forget()
+
+
+def test_machines_that_cannot_launch_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    for changes, words in (
+        ({"shutil.which": lambda name: None}, "install gcc, or name one in CC"),
+        ({"torch.version.hip": "6.4"}, "this is torch for ROCm"),
+        ({"importlib.metadata.version": lambda name: "3.5.1"}, "3.5.1 is installed"),
+        ({"importlib.metadata.version": mock.Mock(side_effect=PackageNotFoundError)}, "plainconv[gpu]"),
+    ):
+        with monkeypatch.context() as changed:
+            for name, value in changes.items():
+                changed.setattr(name, value)
+            launch._no_triton.cache_clear()
+            launch._no_compiler.cache_clear()
+            assert words in BY_NAME["direct"].why_not(asked("n1 c64 o64 x8x8 k3x3"))
+    launch._no_triton.cache_clear()
+    launch._no_compiler.cache_clear()
+
+
+def test_more_programs_than_a_launch_may_have_are_refused(monkeypatch):
+    monkeypatch.setattr(launch, "why_not", lambda gpu: None)
+    for batch, able in ((500_000, True), (600_000, False)):
+        request = asked(f"n{batch} c4096 o4096 x1 k1 g4096")
+        sentence = BY_NAME["depthwise"].why_not(request)
+        assert sentence is None if able else "at most 2147483647 tiles" in sentence
 
 
 class Watched(TorchDispatchMode):
