@@ -32,6 +32,7 @@ from tables import RESULTS, TITLES, Records, cell, held, losses, measured, misse
 
 from plainconv import bench
 from plainconv.bench.calls import CHANNELS_LAST, CONTIGUOUS
+from plainconv.bench.thresholds import THRESHOLDS
 
 PRECISIONS = {  # types as they are called here, and what `plainconv bench` is told
     "bfloat16": ("--dtype", "bfloat16"),
@@ -205,6 +206,12 @@ def _mean(rows: Iterable[bench.Row], of: Callable[[bench.Row], float | None]) ->
     return geometric_mean(values) if values else None
 
 
+def in_order() -> list[str]:
+    """All suites; those first that most is asked of."""
+    asked = (name.partition(": ")[0] for _, name in THRESHOLDS["cuda"]["forward"])
+    return list(dict.fromkeys((*asked, *bench.load())))
+
+
 def main() -> int:
     """Parse; measure, then write; or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,7 +221,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--direction", nargs="*", default=["forward"], choices=list(TITLES))
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=list(PRECISIONS))
-    parser.add_argument("--suite", nargs="*", default=list(bench.load()), choices=list(bench.load()))
+    parser.add_argument("--suite", nargs="*", default=in_order(), choices=in_order())
     parser.add_argument("--seconds", default="0.5", help="for each layer, about")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no suite begins later")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder")
@@ -222,7 +229,7 @@ def main() -> int:
     failed = 0
     if not given.check and not given.write:
         folder = folder_of(given.results, torch.cuda.get_device_name(given.device))
-        asked = ((way, kind, suite) for way in given.direction for kind in given.dtype for suite in given.suite)
+        asked = ((way, kind, suite) for suite in given.suite for way in given.direction for kind in given.dtype)
         until = monotonic() + 60 * given.minutes
         failed += measure(folder, given.device, asked, given.again, given.seconds, until)
     for direction in TITLES:

@@ -44,6 +44,12 @@ def row(layer, ratio, last=1.0, called=0.5):
     )
 
 
+def test_suites_that_most_is_asked_of_come_first(tables):
+    order = tables.in_order()
+    assert sorted(order) == sorted(bench.load())
+    assert order.index("seed_mnist") < order.index("wavenet_k2") < order.index("hifigan_v1") < order.index("vgg19")
+
+
 def leave(tables, results, gpu, suite, rows, precision="bfloat16"):
     peaks = Peaks(5e14, ((9, 1e-5), (1 << 30, 2.5e-4)), 1e-6)
     setting = bench.Setting("forward", torch.bfloat16, 1, peaks, device=cuda.Cuda(Pretended()))
