@@ -8,7 +8,7 @@ from interpreted import asked, check, check_guarded, check_packed, far
 from plainconv.gpu import launch
 from plainconv.menu import tiled
 from plainconv.menu.base import sum_error
-from plainconv.plan import ask, plan
+from plainconv.plan import AlgorithmRefused, ask, plan
 from plainconv.problem import Direction
 
 directions = pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
@@ -123,6 +123,21 @@ def test_highest_makes_smaller_tiles_whose_error_is_that_of_a_plain_sum(directio
     assert error(highest) <= sum_error(highest) < error(high)
     assert (tiled.cut_of(high).tiles, tiled.cut_of(highest).tiles) == ((1, 8), (1, 15))
     interpreted(check, "winograd", highest, reals)
+
+
+def test_highest_refuses_what_may_be_less_exact_than_a_plain_sum(monkeypatch):
+    monkeypatch.setattr(launch, "why_not", lambda gpu: None)
+    for text, directions in (
+        ("n8 c64 o64 x28x28 k3x3 p1", [Direction.FORWARD, Direction.GRAD_INPUT]),
+        ("n8 c64 o64 x28x28 k2x2 p1", []),
+    ):
+        asked_for = [asked(text, direction, precision="highest") for direction in Direction]
+        exact = [one.direction for one in asked_for if BY_NAME["winograd"].error(one) <= sum_error(one)]
+        assert exact == directions
+        for one in asked_for:
+            if one.direction not in directions:
+                with pytest.raises(AlgorithmRefused, match="times that of a plain sum"):
+                    plan(one, "winograd")
 
 
 # -- what it says of itself ------------------------------------------------------------------------------------------
