@@ -61,6 +61,15 @@ def test_types(dtype, direction, last, interpreted):
     interpreted(check, "direct", request, reals, LAYOUTS[last])
 
 
+@directions
+@formats
+def test_float32_that_may_be_rounded_to_tf32(direction, last, interpreted):
+    """Whole numbers are exact in it; the interpreter rounds nothing."""
+    for text in ("n2 c6 o16 x5x6 k3x3 s1x2 p1 g2", "n3 c36 o20 x5x7 k1x1", CHANNELS):
+        request = asked(text, direction, channels_last=last, tf32=True)
+        interpreted(check, name(text), request, layout=LAYOUTS[last], small=text is CHANNELS)
+
+
 TURNED = ("n2 c40 o24 x5x4 k3x2 s1x2 p1 d2x1", "n3 c16 o32 x37 k3 p1 g2", "n2 c8 o8 x3x5x4 k2x1x2 s2x1x1 p1 mreflect")
 
 
