@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from interpreted import asked
 from torch import Tensor
 
+from plainconv.gpu import matrices, rows, taps
 from plainconv.gpu.launch import Launch
-from plainconv.problem import Direction
+from plainconv.menu import rolling
+from plainconv.menu.base import compute_dtype
+from plainconv.problem import FORMATS, Direction
 
 # Bytes that a block of threads may have: 80 stands for 86 and 89, too, which run the same and have the least.
 SHARED = {80: 99 << 10, 90: 227 << 10}
@@ -99,3 +103,24 @@ def typical(outputs: int, direction: Direction) -> str:
     """A layer with so many outputs."""
     c, o = (outputs, 64) if direction is Direction.GRAD_INPUT else (64, outputs)
     return f"n8 c{c} o{o} x28x28 k3x3 s2 p1"
+
+
+def launched(
+    text: str, direction: Direction, dtype: torch.dtype, last: bool, tf32: bool = False, **more: Any
+) -> tuple[Launch, tuple[Tensor | None, ...]]:
+    """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few."""
+    weighs = direction is Direction.GRAD_WEIGHT
+    request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32, **more)
+    lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
+    x, w, y = (
+        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in "xwy"
+    )
+    few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
+    if weighs:
+        cut, fill = (taps.taps_of, taps.taps) if few else (matrices.split_of, matrices.weights)
+        return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
+    read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    tensors = read, w, w, made if request.has_residual else None, made
+    if few:
+        return rows.rolling(request, read, w, made.stride()), tensors
+    return matrices.implicit(request, read, made.stride()), tensors

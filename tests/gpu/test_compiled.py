@@ -4,14 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
-from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, typical
+from ahead import MATRIX_UNITS, SHARED, TYPES, asked_for, compiled, launched, typical
 from checks import BY_NAME
 from interpreted import asked
 
-from plainconv.gpu import launch, matrices, rows, taps
-from plainconv.menu import rolling
-from plainconv.menu.base import Tensors, compute_dtype
-from plainconv.problem import FORMATS, ConvProblem, Direction
+from plainconv.gpu import launch, matrices
+from plainconv.menu.base import Tensors
+from plainconv.problem import FORMATS, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
 
@@ -25,25 +24,6 @@ KINDS = (
 OTHERS = ((Direction.FORWARD, False), (Direction.GRAD_INPUT, True))
 # One of each kind is quick; the rest is for `make check`.
 QUICK = {("bfloat16", 90), ("float32 as TF32", 80)}
-
-
-def launched(text, direction, dtype, last, tf32=False, **more):
-    """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few."""
-    weighs = direction is Direction.GRAD_WEIGHT
-    request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32, **more)
-    lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
-    x, w, y = (
-        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in "xwy"
-    )
-    few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
-    if weighs:
-        cut, fill = (taps.taps_of, taps.taps) if few else (matrices.split_of, matrices.weights)
-        return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
-    read, made = (x, y) if direction is Direction.FORWARD else (y, x)
-    tensors = read, w, w, made if request.has_residual else None, made
-    if few:
-        return rows.rolling(request, read, w, made.stride()), tensors
-    return matrices.implicit(request, read, made.stride()), tensors
 
 
 @pytest.mark.parametrize("row", matrices.IMPLICIT, ids=lambda row: f"{row.outputs} outputs")
@@ -161,58 +141,6 @@ def test_products_are_added_in_one_instruction_whatever_triton_does_by_itself(mo
         ptx = compiled(*launched("n8 c3 o3 x64x64 k3x1", direction, torch.float32, False), 80).ptx
         assert "fma.rn.f32" in ptx
         assert "mul.f32" not in ptx
-
-
-LAYERS = (
-    "n8 c64 o64 x28x28 k3x3 p1 g64",
-    "n8 c64 o64 x28x28 k7x7 s2 p3 g64",
-    "n8 c3 o3 x64x64 k3x3 p1",
-    "n8 c3 o64 x64x64 k7x7 s2 p3",
-    "n8 c64 o2 x64x64 k5x5 p2",
-    "n8 c16 o64 x28x28 k5x5 p2 g16",
-    "n8 c64 o64 x1000 k4 p3 g64",
-    "n8 c16 o16 x28x28 k3x3 p1 g16",
-)
-
-
-def test_the_layers_meet_every_row_of_the_tables():
-    for last, of_maps, of_weights in (
-        (False, rows.TILES_OF_ROWS, taps.APART),
-        (True, rows.TILES_BESIDE, taps.BESIDE),
-    ):
-        layers = [text for text in LAYERS if ConvProblem.parse(text).dims > 1]
-        for table, directions in ((of_maps, list(Direction)[:2]), (of_weights, [Direction.GRAD_WEIGHT])):
-            outputs = [row.outputs for row in table]
-            met = {
-                launched(text, direction, torch.float32, last)[0].constants["OUTPUTS"]
-                for text in layers
-                for direction in directions
-            }
-            assert {next(most for most in outputs if n <= most) for n in met} == set(outputs)
-
-
-@pytest.mark.parametrize("text", LAYERS)
-@pytest.mark.parametrize(
-    ("name", "capability"),
-    [
-        pytest.param(name, capability, marks=() if (name, capability) == ("bfloat16", 90) else pytest.mark.slow)
-        for name in TYPES
-        for capability in SHARED
-        if name != "float32 as TF32"
-    ],
-)
-def test_few_channels_spill_nothing(text, name, capability):
-    for direction in Direction:
-        for last in (False, True)[: ConvProblem.parse(text).dims]:
-            told = compiled(*launched(text, direction, TYPES[name][0], last), capability)
-            assert told.spilled == 0
-            assert told.shared <= SHARED[capability]
-
-
-def test_neighbouring_depthwise_channels_are_moved_at_once():
-    told = compiled(*launched(LAYERS[0], Direction.FORWARD, torch.float32, True), 90)
-    assert "ld.global.v4.b32" in told.ptx
-    assert "st.global.v4.b32" in told.ptx
 
 
 SIZES = (
