@@ -31,7 +31,7 @@ from torch import Tensor
 from plainconv.cpu import transforms
 from plainconv.cpu.transforms import Along
 from plainconv.gpu import winograd as gpu
-from plainconv.gpu.launch import Launch, three, tiles
+from plainconv.gpu.launch import VECTOR, Launch, three, tiles
 from plainconv.gpu.matrices import SHALLOWEST
 from plainconv.gpu.winograd import Between, Grouped, Part, Rows
 from plainconv.menu import engine, implicit, split
@@ -257,8 +257,8 @@ def _rooms(request: Request) -> list[Buffer]:
 
 
 def _weight(request: Request) -> Buffer:
-    """U, or the gradient for it."""
-    return Buffer((math.prod(_problem(request, 1).weight_shape),), request.dtype)
+    """U, or the gradient for it; whatever follows begins at a multiple of 16 bytes, as kernels are compiled for."""
+    return Buffer((padded(math.prod(_problem(request, 1).weight_shape), VECTOR),), request.dtype)
 
 
 def _parts(request: Request) -> list[Part]:

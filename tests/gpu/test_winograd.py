@@ -7,7 +7,7 @@ from interpreted import asked, check, check_guarded, check_packed, far
 
 from plainconv.gpu import launch
 from plainconv.menu import tiled
-from plainconv.menu.base import sum_error
+from plainconv.menu.base import carve, sum_error, workspace_bytes
 from plainconv.plan import AlgorithmRefused, ask, plan
 from plainconv.problem import Direction
 
@@ -138,6 +138,14 @@ def test_highest_refuses_what_may_be_less_exact_than_a_plain_sum(monkeypatch):
             if one.direction not in directions:
                 with pytest.raises(AlgorithmRefused, match="times that of a plain sum"):
                     plan(one, "winograd")
+
+
+def test_sums_of_every_chunk_begin_where_kernels_expect_them():
+    request = asked("n2 c3 o3 x300 k3 p1", Direction.GRAD_WEIGHT, max_workspace=0)
+    rooms = tiled._rooms(request)
+    _, _, sums, _ = carve(torch.empty(workspace_bytes(rooms), dtype=torch.uint8), rooms)
+    assert len(sums) > 1
+    assert all(row.data_ptr() % 16 == 0 for row in sums)
 
 
 # -- what it says of itself ------------------------------------------------------------------------------------------
