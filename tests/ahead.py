@@ -106,20 +106,31 @@ def typical(outputs: int, direction: Direction) -> str:
 
 
 def launched(
-    text: str, direction: Direction, dtype: torch.dtype, last: bool, tf32: bool = False, **more: Any
+    text: str,
+    direction: Direction,
+    dtype: torch.dtype,
+    last: bool,
+    tf32: bool = False,
+    *,
+    lies: torch.memory_format | None = None,
+    **more: Any,
 ) -> tuple[Launch, tuple[Tensor | None, ...]]:
-    """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few."""
+    """The launch of an implicit matrix product, and its tensors; or of rolling rows, where channels are few.
+
+    last: of the result; lies: how what is read does, by default as the result.
+    """
     weighs = direction is Direction.GRAD_WEIGHT
     request = asked(text, direction, dtype, channels_last=last, has_bias=not weighs, tf32=tf32, **more)
-    lies = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
+    usual = FORMATS[2 + request.problem.dims] if request.channels_last else torch.contiguous_format
     x, w, y = (
-        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=lies) for role in "xwy"
+        torch.empty(request.problem.shape_of(role), dtype=dtype, device="meta", memory_format=usual) for role in "xwy"
     )
     few = min(request.problem.group_in, request.problem.group_out) <= rolling.MOST_CHANNELS
     if weighs:
         cut, fill = (taps.taps_of, taps.taps) if few else (matrices.split_of, matrices.weights)
         return fill(request, cut(request, 1 << 20), x, y, (1, 1, 1, 1)), (x, y, w.to(compute_dtype(dtype)))
     read, made = (x, y) if direction is Direction.FORWARD else (y, x)
+    read = read.contiguous(memory_format=lies or usual)
     tensors = read, w, w, made if request.has_residual else None, made
     if few:
         return rows.rolling(request, read, w, made.stride()), tensors

@@ -41,9 +41,9 @@ ALONE = Blocks(0, 1, 3)  # a warp for each program: small maps and few channels 
 PAIR = Blocks(0, 2, 3)  # in channels_last: with one, Triton moves what is loaded through shared memory
 
 
-def tile_of(request: Request, outputs: int) -> Tile:
-    """The tile of FORWARD and GRAD_INPUT for so many outputs."""
-    problem, last = request.problem, request.channels_last
+def tile_of(request: Request) -> Tile:
+    """The tile of FORWARD and GRAD_INPUT."""
+    problem, last, outputs = request.problem, request.channels_last, _outputs(request)
     table = TILES_BESIDE if last else TILES_OF_LINES if problem.dims == 1 else TILES_OF_ROWS
     tile = next((tile for tile in table if outputs <= tile.outputs), table[-1])
     if not last:
@@ -77,26 +77,32 @@ def _unrolled(request: Request, tile: Tile) -> int:
     return taps if tile.rows > 1 and taps <= 3 and tile.outputs <= 4 else 1
 
 
-def _tiled(request: Request) -> int:
-    """How many outputs are cut into tiles: those of a group, or in channels_last all."""
-    outer = mapped(request).outer
-    return outer * request.problem.groups if request.channels_last else outer
+class Cut(NamedTuple):
+    """How the outputs and places of a request are cut."""
+
+    tile: Tile
+    outputs: int  # that are cut into tiles: those of a group, or in channels_last all
+    starts: tuple[int, int, int]  # as `starts_of`, or where tiles begin in a line
+    places: int  # tiles of them
+    programs: int
 
 
-def _tiles_of(request: Request, tile: Tile) -> int:
-    """Of all places where threads begin; in one dimension each is of one line."""
+def cut_of(request: Request) -> Cut:
+    """By the sizes alone."""
+    problem, tile, outputs = request.problem, tile_of(request), _outputs(request)
     deep, down, right = starts_of(request, tile)
-    batch = request.problem.batch
-    if request.problem.dims == 1:
-        return batch * tiles(right, tile.places)
-    return tiles(batch * deep * down * right, tile.places)
+    if problem.dims == 1:  # a tile is of one line
+        right = tiles(right, tile.places)
+        places = problem.batch * right
+    else:
+        places = tiles(problem.batch * deep * down * right, tile.places)
+    groups = 1 if request.channels_last else problem.groups
+    starts = deep, down, right
+    return Cut(tile, outputs, starts, places, places * tiles(outputs, tile.outputs) * groups * mapped(request).phases)
 
 
-def programs_of(request: Request) -> int:
-    """How many a launch has: for each tile of places and outputs, each group and phase."""
-    tiled, tile = _tiled(request), tile_of(request, _tiled(request))
-    groups = 1 if request.channels_last else request.problem.groups
-    return _tiles_of(request, tile) * tiles(tiled, tile.outputs) * groups * mapped(request).phases
+def _outputs(request: Request) -> int:
+    return mapped(request).outer * (request.problem.groups if request.channels_last else 1)
 
 
 def divisor(d: int) -> tuple[int, int]:
@@ -124,29 +130,21 @@ def rolling(request: Request, read: Tensor, weight: Tensor, made: tuple[int, ...
     widest = VECTOR // max(read.dtype.itemsize, 4)  # of sums, that a thread keeps in registers
     read_last, made_last = channels_last(read, request), request.channels_last
     each = outer if made_last and problem.groups > 1 else 0
-    tiled = _tiled(request)
+    tile, tiled, starts, places, programs = cut_of(request)
     reads = strides(read.shape, read.stride())
     makes = strides(problem.shape_of(request.direction.makes), made)
     read_unit = math.gcd(widest, tiled, *reads) if read_last and each == inner == 1 else 1
     made_unit = math.gcd(widest, tiled, *makes) if made_last else 1
 
-    tile = tile_of(request, tiled)
     gaps, turns = zip(*(_gap(request, axis) for axis in (1, 2)), strict=True)
-    deep, down, right = starts_of(request, tile)
-    if problem.dims == 1:  # a tile is of one line
-        right = tiles(right, tile.places)
-    many = _tiles_of(request, tile)
     weighs = weight.stride()
     return Launch(
         kernel,
-        programs_of(request),
+        programs,
         (
             problem.batch,
             tiled // made_unit,
-            *divisor(many),
-            *divisor(deep),
-            *divisor(down),
-            *divisor(right),
+            *(number for each in (places, *starts) for number in divisor(each)),
             *three((lo for lo, _ in problem.padding), 0),
             *three(end, 1),
             *three(size, 1),

@@ -38,7 +38,7 @@ def why_not(request: Request) -> str | None:
     fewest = min(request.problem.group_in, request.problem.group_out)
     if fewest > MOST_CHANNELS:
         return f"on a GPU it is for at most {MOST_CHANNELS} input or output channels a group, and here are {fewest}"
-    if request.direction is not Direction.GRAD_WEIGHT and rows.programs_of(request) > MOST_PROGRAMS:
+    if request.direction is not Direction.GRAD_WEIGHT and rows.cut_of(request).programs > MOST_PROGRAMS:
         return f"on a GPU it is for at most {MOST_PROGRAMS} tiles of places and channels, and a line has one or more"
     return None
 
@@ -51,7 +51,7 @@ def cost(request: Request) -> Cost:
         inner, outer = outer, inner
     made = problem.groups * outer
     if not request.channels_last:
-        made = problem.groups * padded(outer, rows.tile_of(request, outer).outputs)
+        made = problem.groups * padded(outer, rows.tile_of(request).outputs)
     multiplies = problem.batch * math.prod(places) * made * inner * problem.taps
     speeds, moved = machine(request), moved_bytes(request)
     speed = speeds.multiplies / max(request.dtype.itemsize // 4, 1)

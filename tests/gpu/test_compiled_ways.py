@@ -3,9 +3,8 @@
 import pytest
 import torch
 from ahead import SHARED, compiled, launched
-from interpreted import asked
 
-from plainconv.gpu import launch, matrices, rows
+from plainconv.gpu import launch
 from plainconv.problem import PADDING_MODES, Direction
 
 pytestmark = pytest.mark.skipif(launch.why_not() is not None, reason=str(launch.why_not()))
@@ -48,15 +47,8 @@ def test_the_largest_kernel(last, direction):
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.GRAD_INPUT], ids=["forward", "grad_input"])
 def test_what_is_read_and_what_is_made_may_lie_differently(direction, capability):
     for channels in CHANNELS.values():
-        request = asked(f"n2 {channels} {RANKS[2]}", direction, channels_last=True)
-        given = (
-            torch.empty(request.problem.shape_of(role), device="meta") for role in (*direction.given, direction.makes)
+        call, tensors = launched(
+            f"n2 {channels} {RANKS[2]}", direction, torch.float32, True, lies=torch.contiguous_format
         )
-        read, weight, made = given
-        made = made.contiguous(memory_format=torch.channels_last)
-        if request.problem.group_in < 8:
-            call = rows.rolling(request, read, weight, made.stride())
-        else:
-            call = matrices.implicit(request, read, made.stride())
-        told = compiled(call, (read, weight, None, None, made), capability)
-        assert told.spilled == 0
+        assert call.constants["READ_LAST"] != call.constants["MADE_LAST"]
+        assert compiled(call, tensors, capability).spilled == 0

@@ -50,24 +50,32 @@ def test_gpus_that_are_too_old_are_refused(monkeypatch):
     forget()
 
 
-def test_machines_that_cannot_launch_are_refused(monkeypatch):
+@pytest.fixture
+def looked_for_again():
+    """Triton and a compiler, before the test and after it."""
+    for found in (launch._no_triton, launch._no_compiler):
+        found.cache_clear()
+    yield
+    for found in (launch._no_triton, launch._no_compiler):
+        found.cache_clear()
+
+
+@pytest.mark.usefixtures("looked_for_again")
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("shutil.which", lambda name: None, "install gcc, or name one in CC"),
+        ("torch.version.hip", "6.4", "this is torch for ROCm"),
+        ("importlib.metadata.version", lambda name: "3.5.1", "3.5.1 is installed"),
+        ("importlib.metadata.version", mock.Mock(side_effect=PackageNotFoundError), "plainconv[gpu]"),
+    ],
+)
+def test_machines_that_cannot_launch_are_refused(name, value, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
     monkeypatch.delenv("CC", raising=False)
-    for changes, words in (
-        ({"shutil.which": lambda name: None}, "install gcc, or name one in CC"),
-        ({"torch.version.hip": "6.4"}, "this is torch for ROCm"),
-        ({"importlib.metadata.version": lambda name: "3.5.1"}, "3.5.1 is installed"),
-        ({"importlib.metadata.version": mock.Mock(side_effect=PackageNotFoundError)}, "plainconv[gpu]"),
-    ):
-        with monkeypatch.context() as changed:
-            for name, value in changes.items():
-                changed.setattr(name, value)
-            launch._no_triton.cache_clear()
-            launch._no_compiler.cache_clear()
-            assert words in BY_NAME["direct"].why_not(asked("n1 c64 o64 x8x8 k3x3"))
-    launch._no_triton.cache_clear()
-    launch._no_compiler.cache_clear()
+    monkeypatch.setattr(name, value)
+    assert words in BY_NAME["direct"].why_not(asked("n1 c64 o64 x8x8 k3x3"))
 
 
 def test_more_programs_than_a_launch_may_have_are_refused(monkeypatch):
